@@ -1,0 +1,327 @@
+"""The canonical checkpoint: what every format is read into and every backend loads from. Data only.
+
+A `Checkpoint` is a `ModelSpec` (the architecture, read from the files and never guessed from a
+name) and a `TensorSource` that yields one canonical tensor at a time, so that loading a model
+needs the memory of the model plus one tensor.
+
+Canonical tensor names
+    embed                      DenseTensor [vocab, hidden]
+    head                       DenseTensor [vocab, hidden]; absent when `ModelSpec.tied_head`
+    final_norm                 DenseTensor [hidden]
+    layers.N.attn_norm         DenseTensor [hidden]        before q, k, v (absent: no such norm)
+    layers.N.ffn_norm          DenseTensor [hidden]        before gate, up
+    layers.N.attn_sub_norm     DenseTensor [heads * head_dim]   before o
+    layers.N.ffn_sub_norm      DenseTensor [ffn]           before down
+    layers.N.q_norm, .k_norm   DenseTensor [head_dim]      on each head, before RoPE
+    layers.N.post_attn_norm, .post_ffn_norm  DenseTensor [hidden]  on a block's output, before the residual add
+    layers.N.{q,k,v,o,gate,up,down}          TernaryMatrix [out, in]
+    layers.N.{q,...}.norm      DenseTensor [in]   RMSNorm of this linear's own input, before quantisation
+    layers.N.{q,...}.bias      DenseTensor [out]
+A gain stored as (gain - 1) is turned into the plain gain by the reader.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from bitllm.errors import ConfigError, MissingTensorError
+
+__all__ = [
+    "LINEAR_NAMES",
+    "Activation",
+    "Checkpoint",
+    "DenseTensor",
+    "LayerSpec",
+    "LinearSpec",
+    "ModelSpec",
+    "RopeSpec",
+    "ScaleConvention",
+    "TensorSource",
+    "TernaryMatrix",
+]
+
+LINEAR_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
+"""The seven ternary projections of a layer, in the order they are stored and loaded."""
+
+Activation = Literal["relu2", "silu", "gelu_tanh"]
+DenseDtype = Literal["f32", "bf16", "f16"]
+ScaleConvention = Literal["multiply", "divide"]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTensor:
+    """A floating-point tensor as stored: `data` is float32, float16, or uint16 holding bf16 bits.
+
+    `data` may be a read-only view of a mapped file; whoever keeps it keeps the mapping alive.
+    """
+
+    data: npt.NDArray[np.generic]
+    dtype: DenseDtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self.data.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values as stored."""
+        return self.data.nbytes
+
+    def to_float32(self) -> npt.NDArray[np.float32]:
+        """Return the values as float32 [same shape]; exact for each of the three dtypes."""
+        if self.dtype == "bf16":
+            widened = self.data.astype(np.uint32) << np.uint32(16)
+            return widened.view(np.float32)
+        return np.ascontiguousarray(self.data, dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class TernaryMatrix:
+    """A ternary weight matrix [out, in] in the canonical packing.
+
+    `packed` is uint8 [out, ceil(in / 4)]: element k of a row is bits 2(k % 4) of byte k // 4 and
+    holds code + 1 (0, 1 or 2); padding positions hold 1, a zero weight.
+    `scales` is float32 and *multiplies*: shape () for one scale, [out] for one a row,
+    [out, ceil(in / group_size)] for groups along `in`.
+    `source_scales` keeps what the file stored (its bits and its convention), so that writing back
+    is byte-exact; `source_scales.to_float32()` equals `scales`, or 1 / `scales` where the
+    convention is "divide".
+    """
+
+    packed: npt.NDArray[np.uint8]
+    in_features: int
+    scales: npt.NDArray[np.float32]
+    group_size: int | None = None
+    source_scales: DenseTensor | None = None
+    source_convention: ScaleConvention = "multiply"
+
+    def __post_init__(self) -> None:
+        if self.packed.dtype != np.uint8 or self.packed.ndim != 2:
+            raise ConfigError(f"packed must be uint8 [out, in / 4], got {self.packed.dtype} {self.packed.shape}")
+        if self.packed.shape[1] != -(-self.in_features // 4):
+            raise ConfigError(f"packed has {self.packed.shape[1]} bytes a row, in_features {self.in_features} needs {-(-self.in_features // 4)}")
+        groups = None if self.group_size is None else -(-self.in_features // self.group_size)
+        wanted = [(), (self.out_features,)] if groups is None else [(self.out_features, groups)]
+        if self.scales.dtype != np.float32 or self.scales.shape not in wanted:
+            raise ConfigError(f"scales must be float32 of shape {' or '.join(map(str, wanted))}, got {self.scales.dtype} {self.scales.shape}")
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the matrix."""
+        return int(self.packed.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.packed.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding, rotate-half style, over the first `dim` of a head.
+
+    `scaling` "linear" divides every frequency by `factor`; "llama3" blends as Llama 3.1 does,
+    between `low_freq_factor` and `high_freq_factor` wavelengths of `original_context`.
+    """
+
+    theta: float
+    dim: int
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.dim <= 0 or self.dim % 2:
+            raise ConfigError(f"RoPE needs an even, positive number of dimensions, got {self.dim}")
+        if not (math.isfinite(self.theta) and self.theta > 0):
+            raise ConfigError(f"rope_theta must be a positive number, got {self.theta}")
+
+    def inverse_frequencies(self) -> npt.NDArray[np.float32]:
+        """Return float32 [dim / 2]: radians per position; the angle is the fp32 product with the position."""
+        exponents = np.arange(0, self.dim, 2, dtype=np.float64) / self.dim
+        # float32 before the reciprocal, as transformers computes it, so that angles agree to the bit.
+        frequencies = (1.0 / (self.theta**exponents).astype(np.float32)).astype(np.float32)
+        if self.scaling == "linear":
+            frequencies = (frequencies / np.float32(self.factor)).astype(np.float32)
+        elif self.scaling == "llama3":
+            frequencies = self._llama3(frequencies)
+        return frequencies
+
+    def _llama3(self, frequencies: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        wavelengths = 2 * math.pi / frequencies.astype(np.float64)
+        low = self.original_context / self.low_freq_factor
+        high = self.original_context / self.high_freq_factor
+        smooth = (self.original_context / wavelengths - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0)
+        blended = (1 - smooth) * frequencies / self.factor + smooth * frequencies
+        scaled = np.where(wavelengths > low, frequencies / self.factor, np.where(wavelengths < high, frequencies, blended))
+        return scaled.astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """One ternary projection: y = scale * (codes @ quantise(norm(x))) + bias.
+
+    `norm_eps` is the epsilon of this linear's own input RMSNorm (tensor `<name>.norm`), or None
+    when it reads the input it shares with its siblings. `activation_bits` is 8, or None for a
+    model whose activations are not quantised.
+    """
+
+    out_features: int
+    in_features: int
+    norm_eps: float | None = None
+    bias: bool = False
+    activation_bits: Literal[8] | None = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """The switches of one decoder layer.
+
+        a = attention(q, k, v of attn_norm(h));   h += post_attn_norm(o(attn_sub_norm(a)))
+        f = act(gate(x)) * up(x), x = ffn_norm(h); h += post_ffn_norm(down(ffn_sub_norm(f)))
+    """
+
+    q: LinearSpec
+    k: LinearSpec
+    v: LinearSpec
+    o: LinearSpec
+    gate: LinearSpec
+    up: LinearSpec
+    down: LinearSpec
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeSpec
+    activation: Activation
+    norm_eps: float
+    query_scale: float
+    attn_norm: bool = True
+    ffn_norm: bool = True
+    attn_sub_norm: bool = False
+    ffn_sub_norm: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.num_heads, self.num_kv_heads, self.head_dim) <= 0 or self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads (head_dim {self.head_dim})")
+        if self.rope.dim > self.head_dim:
+            raise ConfigError(f"RoPE turns {self.rope.dim} dimensions of a head that has {self.head_dim}")
+
+    def linear(self, name: str) -> LinearSpec:
+        """Return the projection called `name`, one of `LINEAR_NAMES`."""
+        spec: LinearSpec = getattr(self, name)
+        return spec
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The architecture of a whole model. `norm_eps` belongs to the final norm.
+
+    logits = head(final_norm(h)), h = embed[token] * embedding_scale through all layers.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    norm_eps: float
+    tied_head: bool
+    max_context: int
+    embedding_scale: float = 1.0
+    pooling: Literal["none", "last"] = "none"
+
+    def linear_names(self) -> Iterator[tuple[str, LinearSpec]]:
+        """Yield the canonical name and spec of every ternary matrix, layer by layer."""
+        for index, layer in enumerate(self.layers):
+            for name in LINEAR_NAMES:
+                yield f"layers.{index}.{name}", layer.linear(name)
+
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the canonical name and shape of every dense tensor this architecture has."""
+        shapes: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, self.hidden_size)}
+        if not self.tied_head:
+            shapes["head"] = (self.vocab_size, self.hidden_size)
+        shapes["final_norm"] = (self.hidden_size,)
+        for index, layer in enumerate(self.layers):
+            prefix = f"layers.{index}."
+            optional = {
+                "attn_norm": (layer.attn_norm, self.hidden_size),
+                "ffn_norm": (layer.ffn_norm, self.hidden_size),
+                "attn_sub_norm": (layer.attn_sub_norm, layer.o.in_features),
+                "ffn_sub_norm": (layer.ffn_sub_norm, layer.down.in_features),
+                "q_norm": (layer.qk_norm, layer.head_dim),
+                "k_norm": (layer.qk_norm, layer.head_dim),
+                "post_attn_norm": (layer.post_norms, self.hidden_size),
+                "post_ffn_norm": (layer.post_norms, self.hidden_size),
+            }
+            shapes.update({prefix + name: (size,) for name, (there, size) in optional.items() if there})
+            for name in LINEAR_NAMES:
+                linear = layer.linear(name)
+                if linear.norm_eps is not None:
+                    shapes[f"{prefix}{name}.norm"] = (linear.in_features,)
+                if linear.bias:
+                    shapes[f"{prefix}{name}.bias"] = (linear.out_features,)
+        return shapes
+
+    def parameter_count(self) -> int:
+        """Return the number of weights, a tied head counted once."""
+        dense = sum(math.prod(shape) for shape in self.dense_shapes().values())
+        return dense + sum(spec.out_features * spec.in_features for _, spec in self.linear_names())
+
+
+class TensorSource(Protocol):
+    """Where canonical tensors come from: one file format each."""
+
+    def dense(self, name: str) -> DenseTensor | None:
+        """Return the dense tensor called `name`, or None if the source has none."""
+
+    def ternary(self, name: str) -> TernaryMatrix | None:
+        """Read and convert the ternary matrix called `name`, or None; nothing is cached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model ready to be loaded by a backend: its architecture and its tensors, one at a time."""
+
+    spec: ModelSpec
+    source: TensorSource
+    origin: str
+
+    def dense(self, name: str) -> DenseTensor:
+        """Return the dense tensor called `name`.
+
+        Raises:
+            MissingTensorError: the checkpoint has no such tensor.
+        """
+        tensor = self.source.dense(name)
+        if tensor is None:
+            raise MissingTensorError(f"{self.origin}: tensor {name!r} is missing", hint="download the model again, or check that config.json belongs to these weights")
+        return tensor
+
+    def ternary(self, name: str) -> TernaryMatrix:
+        """Read the ternary matrix called `name` into the canonical packing.
+
+        Raises:
+            MissingTensorError: the checkpoint has no such tensor.
+        """
+        matrix = self.source.ternary(name)
+        if matrix is None:
+            raise MissingTensorError(f"{self.origin}: tensor {name!r} is missing", hint="download the model again, or check that config.json belongs to these weights")
+        return matrix

@@ -1,0 +1,114 @@
+"""The exceptions bitllm raises on purpose; everything else is a bug.
+
+    BitllmError
+    ├── ConfigError               an option, argument or recipe key that cannot be meant
+    ├── ModelNotFoundError        a model reference that names nothing we can reach
+    ├── CheckpointError           the files of a model
+    │   ├── FormatError           bytes that break their own format: truncated, overlapping, hostile
+    │   ├── MissingTensorError    a tensor the architecture needs is not there
+    │   ├── TensorShapeError      a tensor has another shape or dtype than the configuration says
+    │   ├── NotTernaryError       weights that are no ternary network
+    │   └── UnsupportedModelError an architecture, feature or format bitllm does not run
+    ├── QuantizationError         values that cannot be quantised, codes that are no ternary codes
+    ├── TokenizerError            text to ids, ids to text
+    │   └── ChatTemplateError     no chat template, or one that fails
+    ├── BackendUnavailableError   a device that is not on this machine, or its library is not installed
+    ├── ContextOverflowError      more tokens than the context window or the KV cache holds
+    └── InsufficientMemoryError   the memory plan does not fit
+
+Every message names the thing (file, tensor, option, value); `hint` says the way out and is printed
+after a blank line.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendUnavailableError",
+    "BitllmError",
+    "ChatTemplateError",
+    "CheckpointError",
+    "ConfigError",
+    "ContextOverflowError",
+    "FormatError",
+    "InsufficientMemoryError",
+    "MissingTensorError",
+    "ModelNotFoundError",
+    "NotTernaryError",
+    "QuantizationError",
+    "TensorShapeError",
+    "TokenizerError",
+    "UnsupportedModelError",
+]
+
+
+class BitllmError(Exception):
+    """Base of every deliberate error.
+
+    Args:
+        message: what happened, naming the thing.
+        hint: what the reader can do about it, or None.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
+
+
+class ConfigError(BitllmError, ValueError):
+    """An option, argument or recipe key that cannot be meant."""
+
+
+class ModelNotFoundError(BitllmError):
+    """A model reference that names nothing we can reach."""
+
+
+class CheckpointError(BitllmError):
+    """Something is wrong with the files of a model."""
+
+
+class FormatError(CheckpointError):
+    """Bytes that break their own format: truncated, overlapping, out of bounds, hostile."""
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor the architecture needs is not in the checkpoint."""
+
+
+class TensorShapeError(CheckpointError):
+    """A tensor has another shape or dtype than the configuration says."""
+
+
+class NotTernaryError(CheckpointError):
+    """The weights are those of a dense model, not of a ternary one."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """An architecture, feature or format that bitllm recognises or not, but does not run."""
+
+
+class QuantizationError(BitllmError, ValueError):
+    """Values that cannot be quantised (NaN, infinity) or codes outside {-1, 0, +1}."""
+
+
+class TokenizerError(BitllmError):
+    """Text that cannot become ids, or ids that cannot become text."""
+
+
+class ChatTemplateError(TokenizerError):
+    """The model has no chat template, or its template fails on these messages."""
+
+
+class BackendUnavailableError(BitllmError):
+    """The asked-for device is not on this machine, or its library is not installed."""
+
+
+class ContextOverflowError(BitllmError, ValueError):
+    """More tokens than the context window or the KV cache can hold."""
+
+
+class InsufficientMemoryError(BitllmError, MemoryError):
+    """The memory plan of a model does not fit into the memory there is."""
