@@ -13,9 +13,11 @@ Canonical tensor names
     layers.N.attn_sub_norm     DenseTensor [heads * head_dim]   before o
     layers.N.ffn_sub_norm      DenseTensor [ffn]           before down
     layers.N.q_norm, .k_norm   DenseTensor [head_dim]      on each head, before RoPE
-    layers.N.post_attn_norm, .post_ffn_norm  DenseTensor [hidden]  on a block's output, before the residual add
+    layers.N.post_attn_norm    DenseTensor [hidden]        on o's output, before the residual add
+    layers.N.post_ffn_norm     DenseTensor [hidden]        on down's output, before the residual add
     layers.N.{q,k,v,o,gate,up,down}          TernaryMatrix [out, in]
-    layers.N.{q,...}.norm      DenseTensor [in]   RMSNorm of this linear's own input, before quantisation
+    layers.N.{q,...}.norm      DenseTensor [in]    RMSNorm of this linear's own input, before it is
+                                                   quantised
     layers.N.{q,...}.bias      DenseTensor [out]
 A gain stored as (gain - 1) is turned into the plain gain by the reader.
 """
@@ -31,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm.errors import ConfigError, MissingTensorError
+from bitllm.ternary import pack, unpack
 
 __all__ = [
     "LINEAR_NAMES",
@@ -104,13 +107,49 @@ class TernaryMatrix:
 
     def __post_init__(self) -> None:
         if self.packed.dtype != np.uint8 or self.packed.ndim != 2:
-            raise ConfigError(f"packed must be uint8 [out, in / 4], got {self.packed.dtype} {self.packed.shape}")
-        if self.packed.shape[1] != -(-self.in_features // 4):
-            raise ConfigError(f"packed has {self.packed.shape[1]} bytes a row, in_features {self.in_features} needs {-(-self.in_features // 4)}")
+            raise ConfigError(
+                f"packed must be uint8 [out, in / 4], got {self.packed.dtype} {self.packed.shape}"
+            )
+        row_bytes = -(-self.in_features // 4)
+        if self.packed.shape[1] != row_bytes:
+            raise ConfigError(
+                f"packed has {self.packed.shape[1]} bytes a row, "
+                f"in_features {self.in_features} needs {row_bytes}"
+            )
         groups = None if self.group_size is None else -(-self.in_features // self.group_size)
         wanted = [(), (self.out_features,)] if groups is None else [(self.out_features, groups)]
         if self.scales.dtype != np.float32 or self.scales.shape not in wanted:
-            raise ConfigError(f"scales must be float32 of shape {' or '.join(map(str, wanted))}, got {self.scales.dtype} {self.scales.shape}")
+            raise ConfigError(
+                f"scales must be float32 of shape {' or '.join(map(str, wanted))}, "
+                f"got {self.scales.dtype} {self.scales.shape}"
+            )
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: npt.NDArray[np.int8],
+        scales: npt.NDArray[np.float32],
+        group_size: int | None = None,
+        *,
+        source_scales: DenseTensor | None = None,
+        source_convention: ScaleConvention = "multiply",
+    ) -> TernaryMatrix:
+        """Pack int8 codes [out, in]; the other arguments are the fields of the same name.
+
+        Raises:
+            QuantizationError: a code outside {-1, 0, +1}.
+            ConfigError: `scales` of another shape or dtype than the codes need.
+        """
+        packed = pack(codes)
+        return cls(packed, codes.shape[1], scales, group_size, source_scales, source_convention)
+
+    def codes(self) -> npt.NDArray[np.int8]:
+        """Unpack the codes, int8 [out, in], each -1, 0 or +1.
+
+        Raises:
+            QuantizationError: the packed bytes hold the code 3; names the row.
+        """
+        return unpack(self.packed, self.in_features)
 
     @property
     def out_features(self) -> int:
@@ -151,9 +190,9 @@ class RopeSpec:
             raise ConfigError(f"rope_theta must be a positive number, got {self.theta}")
 
     def inverse_frequencies(self) -> npt.NDArray[np.float32]:
-        """Return float32 [dim / 2]: radians per position; the angle is the fp32 product with the position."""
+        """Return float32 [dim / 2] radians per position; the angle is their fp32 product."""
         exponents = np.arange(0, self.dim, 2, dtype=np.float64) / self.dim
-        # float32 before the reciprocal, as transformers computes it, so that angles agree to the bit.
+        # float32 before the reciprocal, as transformers does, so that angles agree to the bit.
         frequencies = (1.0 / (self.theta**exponents).astype(np.float32)).astype(np.float32)
         if self.scaling == "linear":
             frequencies = (frequencies / np.float32(self.factor)).astype(np.float32)
@@ -165,10 +204,12 @@ class RopeSpec:
         wavelengths = 2 * math.pi / frequencies.astype(np.float64)
         low = self.original_context / self.low_freq_factor
         high = self.original_context / self.high_freq_factor
-        smooth = (self.original_context / wavelengths - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        span = self.high_freq_factor - self.low_freq_factor
+        smooth = (self.original_context / wavelengths - self.low_freq_factor) / span
         smooth = np.clip(smooth, 0.0, 1.0)
         blended = (1 - smooth) * frequencies / self.factor + smooth * frequencies
-        scaled = np.where(wavelengths > low, frequencies / self.factor, np.where(wavelengths < high, frequencies, blended))
+        short_or_blended = np.where(wavelengths < high, frequencies, blended)
+        scaled = np.where(wavelengths > low, frequencies / self.factor, short_or_blended)
         return scaled.astype(np.float32)
 
 
@@ -192,8 +233,8 @@ class LinearSpec:
 class LayerSpec:
     """The switches of one decoder layer.
 
-        a = attention(q, k, v of attn_norm(h));   h += post_attn_norm(o(attn_sub_norm(a)))
-        f = act(gate(x)) * up(x), x = ffn_norm(h); h += post_ffn_norm(down(ffn_sub_norm(f)))
+    a = attention(q, k, v of attn_norm(h));   h += post_attn_norm(o(attn_sub_norm(a)))
+    f = act(gate(x)) * up(x), x = ffn_norm(h); h += post_ffn_norm(down(ffn_sub_norm(f)))
     """
 
     q: LinearSpec
@@ -219,10 +260,16 @@ class LayerSpec:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.num_heads, self.num_kv_heads, self.head_dim) <= 0 or self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads (head_dim {self.head_dim})")
+        smallest = min(self.num_heads, self.num_kv_heads, self.head_dim)
+        if smallest <= 0 or self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads "
+                f"(head_dim {self.head_dim})"
+            )
         if self.rope.dim > self.head_dim:
-            raise ConfigError(f"RoPE turns {self.rope.dim} dimensions of a head that has {self.head_dim}")
+            raise ConfigError(
+                f"RoPE turns {self.rope.dim} dimensions of a head that has {self.head_dim}"
+            )
 
     def linear(self, name: str) -> LinearSpec:
         """Return the projection called `name`, one of `LINEAR_NAMES`."""
@@ -271,7 +318,9 @@ class ModelSpec:
                 "post_attn_norm": (layer.post_norms, self.hidden_size),
                 "post_ffn_norm": (layer.post_norms, self.hidden_size),
             }
-            shapes.update({prefix + name: (size,) for name, (there, size) in optional.items() if there})
+            for name, (there, size) in optional.items():
+                if there:
+                    shapes[prefix + name] = (size,)
             for name in LINEAR_NAMES:
                 linear = layer.linear(name)
                 if linear.norm_eps is not None:
@@ -312,7 +361,7 @@ class Checkpoint:
         """
         tensor = self.source.dense(name)
         if tensor is None:
-            raise MissingTensorError(f"{self.origin}: tensor {name!r} is missing", hint="download the model again, or check that config.json belongs to these weights")
+            raise self._missing(name)
         return tensor
 
     def ternary(self, name: str) -> TernaryMatrix:
@@ -323,5 +372,11 @@ class Checkpoint:
         """
         matrix = self.source.ternary(name)
         if matrix is None:
-            raise MissingTensorError(f"{self.origin}: tensor {name!r} is missing", hint="download the model again, or check that config.json belongs to these weights")
+            raise self._missing(name)
         return matrix
+
+    def _missing(self, name: str) -> MissingTensorError:
+        return MissingTensorError(
+            f"{self.origin}: tensor {name!r} is missing",
+            hint="download the model again, or check that config.json belongs to these weights",
+        )

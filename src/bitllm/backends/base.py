@@ -30,6 +30,7 @@ __all__ = [
     "OutputKind",
     "SamplePlan",
     "StepOutput",
+    "check_batch",
 ]
 
 KV_BLOCK_SIZE = 32
@@ -51,9 +52,11 @@ class LoadOptions:
     Attributes:
         kv_tokens: positions the KV cache can hold over all sequences together, rounded up to
             whole blocks; None = the model's context window.
-        kv_dtype: storage of keys and values; both are rounded into the cache before attention reads them.
+        kv_dtype: storage of keys and values; both are rounded into the cache before attention
+            reads them.
         threads: worker threads, None = one for each physical core the process may use.
-        isa: kernel set by name ("scalar", "avx2", "avx512vnni"), None = the best one this machine runs.
+        isa: kernel set by name ("scalar", "avx2", "avx512vnni"), None = the best one this
+            machine runs.
         max_batch_tokens: most token rows a step may have; sizes the step's scratch memory.
     """
 
@@ -68,7 +71,9 @@ class LoadOptions:
             raise ConfigError(f"kv_dtype must be 'bf16' or 'fp32', got {self.kv_dtype!r}")
         for name in ("kv_tokens", "threads", "max_batch_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
 
 
@@ -85,15 +90,14 @@ class OutputKind(IntEnum):
     """A token drawn by the row's entry of the `SamplePlan`."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class SamplePlan:
     """How to draw tokens: parallel arrays with one entry for each SAMPLE row, in row order.
 
-    Order of application to the row's logits: bias, penalties, mask, temperature, top-k, top-p (within
-    the top-k), min-p, draw. Temperature 0 is the argmax of the logits after the mask, the lowest id
-    winning a tie; cuts and seed are then ignored. The draw is the Gumbel argmax over the kept
-    ids, its uniforms a function of (seed, choice, position, token id) alone.
+    Order of application to the row's logits: bias, penalties, mask, temperature, top-k, top-p
+    (within the top-k), min-p, draw. Temperature 0 is the argmax of the logits after the mask, the
+    lowest id winning a tie; cuts and seed are then ignored. The draw is the Gumbel argmax over the
+    kept ids, its uniforms a function of (seed, choice, position, token id) alone.
 
     Attributes:
         temperature: float32 [n], >= 0.
@@ -103,14 +107,16 @@ class SamplePlan:
         seed: uint64 [n].
         choice: int32 [n], which of several completions of one prompt.
         position: int32 [n], index of the drawn token in its completion.
-        top_logprobs: int32 [n], -1 = no log-probabilities; k >= 0 = that of the drawn id and the k best.
-            They are of the model's own distribution: before bias, penalties, mask and temperature.
-        repetition_penalty: float32 [n], 1 = off; divides positive, multiplies negative logits of seen ids.
+        top_logprobs: int32 [n], -1 = no log-probabilities; k >= 0 = that of the drawn id and the
+            k best. They are of the model's own distribution: before bias, penalties, mask and
+            temperature.
+        repetition_penalty: float32 [n], 1 = off; divides positive, multiplies negative logits of
+            seen ids.
         frequency_penalty: float32 [n], subtracted once for each time an id was generated.
         presence_penalty: float32 [n], subtracted from ids generated at least once.
         seen_offsets, seen_ids, seen_counts: int32; ids seen by row i are
-            seen_ids[seen_offsets[i]:seen_offsets[i + 1]], each once, with the number of times it was
-            *generated* (0 = in the prompt only).
+            seen_ids[seen_offsets[i]:seen_offsets[i + 1]], each once, with the number of times it
+            was *generated* (0 = in the prompt only).
         bias_offsets, bias_ids, bias_values: the same layout; values float32 are added to logits.
         mask: uint32 [m, ceil(vocab / 32)]; bit id % 32 of word id // 32 set = allowed.
         mask_rows: int32 [n], row of `mask` for each entry, -1 = none.
@@ -202,8 +208,8 @@ class StepOutput:
         hidden: float32 [HIDDEN requests, hidden].
         logits: float32 [LOGITS requests, vocab].
         sampled: int32 [SAMPLE requests].
-        logprobs: float32 [SAMPLE requests + SCORE requests]: log-probability of the drawn id, then of
-            the target; NaN where none was asked for.
+        logprobs: float32 [SAMPLE requests + SCORE requests]: log-probability of the drawn id, then
+            of the target; NaN where none was asked for.
         top_ids, top_logprobs: int32 / float32 [SAMPLE + SCORE requests, widest top_n], most likely
             first (ties: lowest id), padded with -1 / NaN.
     """
@@ -290,16 +296,29 @@ def check_batch(batch: Batch, spec: ModelSpec, kv_capacity: int, max_batch_token
     """
     tokens, runs = len(batch.token_ids), len(batch.run_offsets) - 1
     if not 0 < tokens <= max_batch_tokens:
-        raise ConfigError(f"a step takes 1 to {max_batch_tokens} token rows, got {tokens}", hint="raise max_batch_tokens or split the batch")
+        raise ConfigError(
+            f"a step takes 1 to {max_batch_tokens} token rows, got {tokens}",
+            hint="raise max_batch_tokens or split the batch",
+        )
     offsets = batch.run_offsets
     if runs < 1 or offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 1).any():
         raise ConfigError(f"run_offsets must rise from 0 to {tokens}, got {offsets.tolist()}")
-    if len(batch.positions) != tokens or len(batch.adapter_slots) != runs or len(batch.block_tables) != runs:
-        raise ConfigError("positions, adapter_slots and block_tables must have one entry for each token, run and run")
+    if (
+        len(batch.positions) != tokens
+        or len(batch.adapter_slots) != runs
+        or len(batch.block_tables) != runs
+    ):
+        raise ConfigError(
+            "positions must have one entry for each token, adapter_slots and block_tables one for "
+            "each run"
+        )
     if (batch.adapter_slots != -1).any():
         raise ConfigError("no adapter is loaded; adapter_slots must all be -1")
     if batch.token_ids.min() < 0 or batch.token_ids.max() >= spec.vocab_size:
-        raise ConfigError(f"token ids must lie in 0 .. {spec.vocab_size - 1}, got {batch.token_ids.min()} .. {batch.token_ids.max()}")
+        raise ConfigError(
+            f"token ids must lie in 0 .. {spec.vocab_size - 1}, "
+            f"got {batch.token_ids.min()} .. {batch.token_ids.max()}"
+        )
     starts = np.repeat(batch.positions[offsets[:-1]] - offsets[:-1], np.diff(offsets))
     if batch.positions.min() < 0 or (batch.positions != starts + np.arange(tokens)).any():
         raise ConfigError("positions must be consecutive and not negative within each run")
@@ -307,7 +326,10 @@ def check_batch(batch: Batch, spec: ModelSpec, kv_capacity: int, max_batch_token
         used = int(batch.positions[offsets[run + 1] - 1]) // KV_BLOCK_SIZE + 1
         blocks = batch.block_tables[run, :used]
         if len(blocks) < used or blocks.min() < 0 or blocks.max() >= kv_capacity:
-            raise ConfigError(f"run {run} reaches KV block {used - 1} of its sequence, but its block table does not name {used} blocks of 0 .. {kv_capacity - 1}")
+            raise ConfigError(
+                f"run {run} reaches KV block {used - 1} of its sequence, but its block table does "
+                f"not name {used} blocks of 0 .. {kv_capacity - 1}"
+            )
     _check_outputs(batch, tokens)
 
 
@@ -317,8 +339,11 @@ def _check_outputs(batch: Batch, tokens: int) -> None:
         raise ConfigError(f"output_rows must name rows 0 .. {tokens - 1}, one for each output kind")
     if len(kinds) and kinds.max() > OutputKind.SAMPLE:
         raise ConfigError(f"unknown output kind {kinds.max()}")
-    scores, samples = int((kinds == OutputKind.SCORE).sum()), int((kinds == OutputKind.SAMPLE).sum())
+    scores = int((kinds == OutputKind.SCORE).sum())
+    samples = int((kinds == OutputKind.SAMPLE).sum())
     if len(batch.score_targets) != scores or len(batch.score_top_n) != scores:
         raise ConfigError(f"{scores} SCORE requests need as many score_targets and score_top_n")
     if len(batch.plan) != samples:
-        raise ConfigError(f"{samples} SAMPLE requests need a plan of {samples} entries, got {len(batch.plan)}")
+        raise ConfigError(
+            f"{samples} SAMPLE requests need a plan of {samples} entries, got {len(batch.plan)}"
+        )

@@ -16,8 +16,8 @@ F64 = npt.NDArray[np.float64]
 U32 = npt.NDArray[np.uint32]
 
 LANES = 16
-"""Float reductions run in 16 lanes: lane j adds elements j, j + 16, ... in order; then the upper half
-of the lanes is added to the lower half, 16 -> 8 -> 4 -> 2 -> 1."""
+"""Float reductions run in 16 lanes: lane j adds elements j, j + 16, ... in order; then the upper
+half of the lanes is added to the lower half, 16 -> 8 -> 4 -> 2 -> 1."""
 
 _EXP_COEFFICIENTS = tuple(np.float32(1.0 / f) for f in (5040, 720, 120, 24, 6, 2, 1, 1))
 _LOG2_E = np.float32(1.44269504088896341)
@@ -51,8 +51,9 @@ def lane_sum(products: F32) -> F32:
 def exp_f32(x: F32) -> F32:
     """e**x for float32 [any shape], relative error below 2e-7.
 
-    x is clamped to [-87, 88]; below -87 the result is exactly 0. With n = round_half_even(x * log2 e) and
-    r = (x - n * ln2_high) - n * ln2_low, the result is P7(r) * 2**n, P7 the Taylor polynomial by Horner.
+    x is clamped to [-87, 88]; below -87 the result is exactly 0. With
+    n = round_half_even(x * log2 e) and r = (x - n * ln2_high) - n * ln2_low, the result is
+    P7(r) * 2**n, P7 the Taylor polynomial by Horner.
     """
     x = np.asarray(x, np.float32)
     clamped = np.minimum(np.maximum(x, np.float32(-87.0)), np.float32(88.0))
@@ -101,15 +102,17 @@ def sincos_f64(x: F64) -> tuple[F64, F64]:
         s = s * r2 + coefficient
     s = r + (r * r2) * s
     c = np.full_like(r, 1.0 / 20922789888000.0)
-    for coefficient in (-1 / 87178291200, 1 / 479001600, -1 / 3628800, 1 / 40320, -1 / 720, 1 / 24, -1 / 2, 1.0):
-        c = c * r2 + coefficient
+    for divisor in (-87178291200, 479001600, -3628800, 40320, -720, 24, -2, 1):
+        c = c * r2 + 1 / divisor
     quadrant = q.astype(np.int64) & 3
     sine = np.choose(quadrant, [s, c, -s, -c])
     cosine = np.choose(quadrant, [c, -s, -c, s])
     return sine, cosine
 
 
-def philox4x32(counter: tuple[U32, U32, U32, U32], key: tuple[int, int]) -> tuple[U32, U32, U32, U32]:
+def philox4x32(
+    counter: tuple[U32, U32, U32, U32], key: tuple[int, int]
+) -> tuple[U32, U32, U32, U32]:
     """Philox4x32-10 (Salmon et al., SC 2011): four uint32 for each counter [same shapes]."""
     c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in counter)
     k0, k1 = key
@@ -128,8 +131,8 @@ def philox4x32(counter: tuple[U32, U32, U32, U32], key: tuple[int, int]) -> tupl
 def gumbel_noise(seed: int, choice: int, position: int, token_ids: npt.NDArray[np.int32]) -> F64:
     """Standard Gumbel noise of each token id, float64 [n]: -log(-log u).
 
-    u = (word + 0.5) / 2**32, word = lane id % 4 of Philox4x32-10 with counter (id // 4, position, choice, 0)
-    and key (low, high word of the seed).
+    u = (word + 0.5) / 2**32, word = lane id % 4 of Philox4x32-10 with counter
+    (id // 4, position, choice, 0) and key (low, high word of the seed).
     """
     ids = np.asarray(token_ids, np.uint32)
     fixed = [np.full_like(ids, value, dtype=np.uint32) for value in (position, choice, 0)]
