@@ -1,0 +1,6 @@
+"""`python -m bitllm` is the `bitllm` command."""
+
+from bitllm.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The root command: a group that imports a verb's module when the verb is used."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from bitllm.cli import failures
+from bitllm.cli.options import is_verbose, verbose_option
+from bitllm.cli.terminal import tolerate_narrow_encodings
+
+__all__ = ["COMMANDS", "CommandGroup", "app"]
+
+COMMANDS = {
+    "run": "Continue a prompt and print the text.",
+    "chat": "Talk with a model.",
+    "info": "Show what a model is and what it needs, without loading it.",
+    "doctor": "Check this machine: kernels, speed, versions, demo model.",
+}
+"""The verbs in the order of the help, with the first line of each verb's own help; verb `x` is the
+command `x` of the module `bitllm.cli.x`."""
+
+
+class CommandGroup(click.Group):
+    """A group whose commands are imported on use, and whose failures are one clear message."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return the command of a verb; None if there is no such verb."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"bitllm.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of verbs without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb that `args` begin with; a mistyped one gets a suggestion."""
+        if not ctx.resilient_parsing and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise _unknown_command(ctx, args[0])
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; report its failure, and end quietly if the reader of stdout went away."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _discard_stdout()
+            raise click.exceptions.Exit(failures.EXIT_CLOSED) from None
+        except (click.exceptions.Exit, click.Abort, EOFError):
+            raise
+        except Exception as error:
+            status = failures.report(error, verbose=is_verbose(ctx))
+            raise click.exceptions.Exit(status) from error
+        return result
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Parse the command line, run it and exit with its code; never returns."""
+        tolerate_narrow_encodings()
+        extra["standalone_mode"] = False
+        try:
+            status = super().main(*args, **extra)
+        except (click.Abort, click.ClickException) as error:
+            status = failures.report(error, verbose=False)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+class _UnknownCommand(click.UsageError):
+    """A verb that does not exist, with a hint of its own."""
+
+    def __init__(self, message: str, ctx: click.Context, hint: str) -> None:
+        super().__init__(message, ctx)
+        self.hint = hint
+
+
+def _unknown_command(ctx: click.Context, name: str) -> click.UsageError:
+    import difflib
+
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    if close:
+        hint = f"did you mean '{ctx.command_path} {close[0]}'?"
+    elif " " in name:
+        hint = f"to continue a prompt: {ctx.command_path} run \"{name.strip()}\""
+    else:
+        hint = f"the commands are {', '.join(COMMANDS)}; see '{ctx.command_path} --help'"
+    return _UnknownCommand(f"no such command: '{name}'", ctx, hint)
+
+
+def _discard_stdout() -> None:
+    # What is still buffered would fail once more, loudly, when Python closes stdout at exit.
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"bitllm {version('bitllm')}")
+        except PackageNotFoundError:
+            click.echo("bitllm (not installed, run from a source tree)")
+        ctx.exit()
+
+
+@click.group(
+    cls=CommandGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Every option can be set by the environment variable that its help names.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version and exit.",
+)
+@verbose_option
+@click.pass_context
+def app(ctx: click.Context) -> None:
+    """Run BitNet b1.58 language models on this machine.
+
+    \b
+    bitllm run "Once upon a time"            continue a prompt with the demo model
+    bitllm chat -m ORG/NAME                  talk with a model from the Hugging Face Hub
+    bitllm info ./my-model                   look at a model before loading it
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

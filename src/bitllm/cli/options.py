@@ -1,0 +1,160 @@
+"""Options that several commands share; each has an environment variable, BITLLM_<NAME>."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = [
+    "chosen",
+    "device_options",
+    "is_verbose",
+    "json_option",
+    "model_option",
+    "option",
+    "sampling_options",
+    "verbose_option",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
+
+_VERBOSE = "bitllm.cli.verbose"
+
+
+class OneString(click.ParamType):
+    """Text of which an environment variable holds one, white space included."""
+
+    name = "text"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """Return the variable's value as the only one."""
+        return [rv]
+
+
+def option(*names: str, **settings: Any) -> Decorator[F]:
+    """Return `click.option` with the environment variable BITLLM_<LONG NAME>, shown in the help."""
+    long = next(name for name in names if name.startswith("--")).split("/")[0]
+    variable = long.removeprefix("--").replace("-", "_").upper()
+    return click.option(*names, **{"envvar": f"BITLLM_{variable}", "show_envvar": True, **settings})
+
+
+def _together(*decorators: Decorator[F]) -> Decorator[F]:
+    """Return one decorator for several; the help lists them in the order given."""
+
+    def decorate(command: F) -> F:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def is_verbose(ctx: click.Context) -> bool:
+    """Whether --verbose stood anywhere on the command line, or BITLLM_TRACEBACK is set."""
+    return bool(ctx.meta.get(_VERBOSE)) or os.environ.get("BITLLM_TRACEBACK", "0") not in ("", "0")
+
+
+def _remember_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not is_verbose(ctx):
+        ctx.meta[_VERBOSE] = True
+        _log_to_stderr()
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(relativeCreated)d ms %(name)s: %(message)s"))
+    logger = logging.getLogger("bitllm")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+
+
+def chosen(**values: Any) -> dict[str, Any]:
+    """Return the options that were given, so that the model's own defaults hold for the others."""
+    return {name: value for name, value in values.items() if value is not None and value != ()}
+
+
+verbose_option: Decorator[Any] = option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_remember_verbose,
+    help="Log what happens, and show the traceback of an error.",
+)
+
+json_option: Decorator[Any] = option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
+)
+
+model_option: Decorator[Any] = option(
+    "-m",
+    "--model",
+    metavar="REF",
+    help="A directory or file, or org/name[@revision] on the Hugging Face Hub."
+    " Default: the demo model inside bitllm.",
+)
+
+device_options: Decorator[Any] = _together(
+    option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "reference"]),
+        default="auto",
+        show_default=True,
+        help="What computes: native kernels (cpu) or plain NumPy (reference).",
+    ),
+    option(
+        "--threads",
+        type=click.IntRange(min=1),
+        help="Worker threads. Default: one for each physical core.",
+    ),
+    option(
+        "--context",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help="Room for the prompt and the answer. Default: what the model was made for.",
+    ),
+)
+
+sampling_options: Decorator[Any] = _together(
+    option(
+        "-n",
+        "--max-tokens",
+        type=click.IntRange(min=1),
+        help="Stop after this many tokens.",
+    ),
+    option(
+        "-t",
+        "--temperature",
+        type=click.FloatRange(min=0),
+        help="0 always takes the likeliest token; higher is more varied.",
+    ),
+    option("--top-k", type=click.IntRange(min=0), help="Draw from the K likeliest tokens. 0 = all."),
+    option(
+        "--top-p",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        help="Draw from the likeliest tokens that hold this much probability.",
+    ),
+    option(
+        "--min-p",
+        type=click.FloatRange(min=0, max=1),
+        help="Drop tokens less likely than this part of the likeliest.",
+    ),
+    option(
+        "--repetition-penalty",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Above 1: make tokens that occurred before less likely.",
+    ),
+    option("--seed", type=click.IntRange(min=0), help="The same seed gives the same text."),
+    option(
+        "--stop",
+        type=OneString(),
+        multiple=True,
+        help="End the text before this string; may be given several times.",
+    ),
+)
