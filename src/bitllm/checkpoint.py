@@ -307,27 +307,27 @@ class ModelSpec:
             shapes["head"] = (self.vocab_size, self.hidden_size)
         shapes["final_norm"] = (self.hidden_size,)
         for index, layer in enumerate(self.layers):
-            prefix = f"layers.{index}."
-            optional = {
-                "attn_norm": (layer.attn_norm, self.hidden_size),
-                "ffn_norm": (layer.ffn_norm, self.hidden_size),
-                "attn_sub_norm": (layer.attn_sub_norm, layer.o.in_features),
-                "ffn_sub_norm": (layer.ffn_sub_norm, layer.down.in_features),
-                "q_norm": (layer.qk_norm, layer.head_dim),
-                "k_norm": (layer.qk_norm, layer.head_dim),
-                "post_attn_norm": (layer.post_norms, self.hidden_size),
-                "post_ffn_norm": (layer.post_norms, self.hidden_size),
-            }
-            for name, (there, size) in optional.items():
-                if there:
-                    shapes[prefix + name] = (size,)
-            for name in LINEAR_NAMES:
-                linear = layer.linear(name)
-                if linear.norm_eps is not None:
-                    shapes[f"{prefix}{name}.norm"] = (linear.in_features,)
-                if linear.bias:
-                    shapes[f"{prefix}{name}.bias"] = (linear.out_features,)
+            for name, size in self._layer_vectors(layer).items():
+                shapes[f"layers.{index}.{name}"] = (size,)
         return shapes
+
+    def _layer_vectors(self, layer: LayerSpec) -> dict[str, int]:
+        """Name and length of the norms and biases that one layer has."""
+        optional = {
+            "attn_norm": (layer.attn_norm, self.hidden_size),
+            "ffn_norm": (layer.ffn_norm, self.hidden_size),
+            "attn_sub_norm": (layer.attn_sub_norm, layer.o.in_features),
+            "ffn_sub_norm": (layer.ffn_sub_norm, layer.down.in_features),
+            "q_norm": (layer.qk_norm, layer.head_dim),
+            "k_norm": (layer.qk_norm, layer.head_dim),
+            "post_attn_norm": (layer.post_norms, self.hidden_size),
+            "post_ffn_norm": (layer.post_norms, self.hidden_size),
+        }
+        for name in LINEAR_NAMES:
+            linear = layer.linear(name)
+            optional[f"{name}.norm"] = (linear.norm_eps is not None, linear.in_features)
+            optional[f"{name}.bias"] = (linear.bias, linear.out_features)
+        return {name: size for name, (present, size) in optional.items() if present}
 
     def parameter_count(self) -> int:
         """Return the number of weights, a tied head counted once."""
