@@ -32,7 +32,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitllm.errors import ConfigError, MissingTensorError
+from bitllm.errors import ConfigError, MissingTensorError, TensorShapeError
 from bitllm.ternary import pack, unpack
 
 __all__ = [
@@ -302,14 +302,25 @@ class ModelSpec:
 
     def dense_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the canonical name and shape of every dense tensor this architecture has."""
-        shapes: dict[str, tuple[int, ...]] = {"embed": (self.vocab_size, self.hidden_size)}
-        if not self.tied_head:
-            shapes["head"] = (self.vocab_size, self.hidden_size)
-        shapes["final_norm"] = (self.hidden_size,)
+        shapes = self._model_tensors()
         for index, layer in enumerate(self.layers):
             for name, size in self._layer_vectors(layer).items():
                 shapes[f"layers.{index}.{name}"] = (size,)
         return shapes
+
+    def dense_shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of the dense tensor called `name`, None if there is no such tensor."""
+        prefix, _, rest = name.partition(".")
+        index, _, vector = rest.partition(".")
+        if prefix != "layers" or not index.isdecimal() or int(index) >= len(self.layers):
+            return self._model_tensors().get(name)
+        size = self._layer_vectors(self.layers[int(index)]).get(vector)
+        return None if size is None else (size,)
+
+    def _model_tensors(self) -> dict[str, tuple[int, ...]]:
+        matrix = (self.vocab_size, self.hidden_size)
+        heads = {} if self.tied_head else {"head": matrix}
+        return {"embed": matrix, **heads, "final_norm": (self.hidden_size,)}
 
     def _layer_vectors(self, layer: LayerSpec) -> dict[str, int]:
         """Name and length of the norms and biases that one layer has."""
@@ -358,10 +369,12 @@ class Checkpoint:
 
         Raises:
             MissingTensorError: the checkpoint has no such tensor.
+            TensorShapeError: its shape is not the one the architecture asks for.
         """
         tensor = self.source.dense(name)
         if tensor is None:
             raise self._missing(name)
+        self._check_shape(name, tensor.shape, self.spec.dense_shape(name))
         return tensor
 
     def ternary(self, name: str) -> TernaryMatrix:
@@ -369,11 +382,25 @@ class Checkpoint:
 
         Raises:
             MissingTensorError: the checkpoint has no such tensor.
+            TensorShapeError: its shape is not the one the architecture asks for.
         """
         matrix = self.source.ternary(name)
         if matrix is None:
             raise self._missing(name)
+        _, index, linear = name.split(".")
+        spec = self.spec.layers[int(index)].linear(linear)
+        self._check_shape(name, matrix.shape, (spec.out_features, spec.in_features))
         return matrix
+
+    def _check_shape(
+        self, name: str, shape: tuple[int, ...], wanted: tuple[int, ...] | None
+    ) -> None:
+        if wanted is not None and shape != wanted:
+            raise TensorShapeError(
+                f"{self.origin}: tensor {name!r} has shape {list(shape)}, "
+                f"but the configuration asks for {list(wanted)}",
+                hint="check that config.json belongs to these weights",
+            )
 
     def _missing(self, name: str) -> MissingTensorError:
         return MissingTensorError(

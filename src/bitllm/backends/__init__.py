@@ -1,1 +1,87 @@
-"""."""
+"""Devices behind one seam: which backend runs, and why; the seam itself is `bitllm.backends.base`.
+
+    cpu         the native decoder
+    reference   the same computation in NumPy: slow, for comparison
+
+The choice is made once, by argument, by the environment variable BITLLM_DEVICE, or by "auto"; a
+device that was asked for and is missing raises. Nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import cast
+
+from bitllm.backends.base import Backend
+from bitllm.errors import BackendUnavailableError, ConfigError
+
+__all__ = ["DEVICES", "DEVICE_VARIABLE", "DeviceChoice", "choose_device", "get_backend"]
+
+DEVICE_VARIABLE = "BITLLM_DEVICE"
+"""Environment variable that names the device where no argument does."""
+
+_BACKENDS = {
+    "cpu": ("bitllm.backends.cpu", "CpuBackend"),
+    "reference": ("bitllm.backends.reference", "ReferenceBackend"),
+}
+_PLANNED = ("cuda", "mlx")
+
+DEVICES = ("auto", *_BACKENDS)
+"""Names that `get_backend` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """A device and why it was chosen, in words that follow its name."""
+
+    name: str
+    reason: str
+
+
+def choose_device(device: str | None = "auto") -> DeviceChoice:
+    """Say which device a name stands for; loads nothing.
+
+    Args:
+        device: a name of `DEVICES`; "auto" or None follows BITLLM_DEVICE, and without it takes the
+            CPU, the fastest backend there is so far.
+
+    Raises:
+        BackendUnavailableError: a device that bitllm knows of, but does not run on yet.
+        ConfigError: an unknown name; says whether it came from the environment.
+    """
+    asked, origin = device or "auto", "asked for"
+    if asked == "auto":
+        asked, origin = os.environ.get(DEVICE_VARIABLE) or "auto", f"set by {DEVICE_VARIABLE}"
+    if asked == "auto":
+        return DeviceChoice("cpu", "chosen by auto: the native decoder")
+    if asked in _PLANNED:
+        raise BackendUnavailableError(
+            f"this version of bitllm has no {asked} backend ({asked!r} was {origin})",
+            hint="use --device cpu, or leave the device out",
+        )
+    if asked not in _BACKENDS:
+        raise ConfigError(
+            f"unknown device {asked!r}, {origin}", hint=f"choose one of {', '.join(DEVICES)}"
+        )
+    return DeviceChoice(asked, origin)
+
+
+def get_backend(device: str | None = "auto") -> Backend:
+    """Return the backend of a device; imports it and nothing of the others.
+
+    Raises:
+        BackendUnavailableError: the device is known, but not here; the hint is the install line.
+        ConfigError: an unknown name.
+    """
+    choice = choose_device(device)
+    module, name = _BACKENDS[choice.name]
+    try:
+        backend = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"the {choice.name} backend ({choice.reason}) cannot be imported: {error}",
+            hint="install it with `pip install bitllm`, from a source tree with `pip install -e .`",
+        ) from error
+    return cast(Backend, backend())

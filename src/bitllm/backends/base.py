@@ -288,8 +288,26 @@ class Backend(Protocol):
         """
 
 
+_ENTRY_FIELDS = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "choice",
+    "position",
+    "top_logprobs",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "mask_rows",
+)
+
+
 def check_batch(batch: Batch, spec: ModelSpec, kv_capacity: int, max_batch_tokens: int) -> None:
-    """Refuse a batch that contradicts itself or the model; every backend calls this first.
+    """Refuse a batch that contradicts itself or the model.
+
+    Every backend calls this before anything else, or makes the same checks in its native code, where
+    they cost less.
 
     Raises:
         ConfigError: naming the first contradiction found.
@@ -330,10 +348,10 @@ def check_batch(batch: Batch, spec: ModelSpec, kv_capacity: int, max_batch_token
                 f"run {run} reaches KV block {used - 1} of its sequence, but its block table does "
                 f"not name {used} blocks of 0 .. {kv_capacity - 1}"
             )
-    _check_outputs(batch, tokens)
+    _check_outputs(batch, tokens, spec)
 
 
-def _check_outputs(batch: Batch, tokens: int) -> None:
+def _check_outputs(batch: Batch, tokens: int, spec: ModelSpec) -> None:
     rows, kinds = batch.output_rows, batch.output_kinds
     if len(rows) != len(kinds) or (len(rows) and (rows.min() < 0 or rows.max() >= tokens)):
         raise ConfigError(f"output_rows must name rows 0 .. {tokens - 1}, one for each output kind")
@@ -347,3 +365,48 @@ def _check_outputs(batch: Batch, tokens: int) -> None:
         raise ConfigError(
             f"{samples} SAMPLE requests need a plan of {samples} entries, got {len(batch.plan)}"
         )
+    if scores and (batch.score_targets.min() < 0 or batch.score_targets.max() >= spec.vocab_size):
+        raise ConfigError(f"score_targets must lie in 0 .. {spec.vocab_size - 1}")
+    if scores and batch.score_top_n.min() < 0:
+        raise ConfigError(f"score_top_n must not be negative, got {batch.score_top_n.min()}")
+    if samples:
+        _check_plan(batch.plan, spec.vocab_size)
+
+
+def _check_plan(plan: SamplePlan, vocab_size: int) -> None:
+    count = len(plan)
+    for name in _ENTRY_FIELDS:
+        if len(getattr(plan, name)) != count:
+            raise ConfigError(f"plan.{name} has {len(getattr(plan, name))} entries, not {count}")
+    # Below 1e-5, logits divided by the temperature could leave the range of float32.
+    fits = {
+        "temperature": (plan.temperature == 0) | (plan.temperature >= 1e-5),
+        "top_k": plan.top_k >= 0,
+        "top_p": (plan.top_p > 0) & (plan.top_p <= 1),
+        "min_p": (plan.min_p >= 0) & (plan.min_p <= 1),
+        "choice": plan.choice >= 0,
+        "position": plan.position >= 0,
+        "repetition_penalty": plan.repetition_penalty > 0,
+        "mask_rows": (plan.mask_rows >= -1) & (plan.mask_rows < len(plan.mask)),
+    }
+    for name, fit in fits.items():
+        if not fit.all():
+            raise ConfigError(f"plan.{name} holds {getattr(plan, name)[~fit][0]}, out of range")
+    if plan.mask.ndim != 2 or (len(plan.mask) and plan.mask.shape[1] != -(-vocab_size // 32)):
+        raise ConfigError(f"plan.mask must have {-(-vocab_size // 32)} words a row")
+    for offsets, ids, values in (
+        ("seen_offsets", "seen_ids", "seen_counts"),
+        ("bias_offsets", "bias_ids", "bias_values"),
+    ):
+        _check_lists(getattr(plan, offsets), offsets, count, len(getattr(plan, ids)))
+        listed = getattr(plan, ids)
+        if len(listed) != len(getattr(plan, values)):
+            raise ConfigError(f"plan.{ids} and plan.{values} must be of one length")
+        if len(listed) and (listed.min() < 0 or listed.max() >= vocab_size):
+            raise ConfigError(f"plan.{ids} must lie in 0 .. {vocab_size - 1}")
+
+
+def _check_lists(offsets: I32, name: str, count: int, length: int) -> None:
+    fits = len(offsets) == count + 1 and offsets[0] == 0 and offsets[-1] == length
+    if not fits or (np.diff(offsets) < 0).any():
+        raise ConfigError(f"plan.{name} must rise from 0 to {length} in {count + 1} steps")
