@@ -129,7 +129,7 @@ check: install  ## formatting, lint, types, import contracts, generated docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
-	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/generate_cli.py --check
 
 format:  ## rewrite all sources in the project's format
 	$(BIN)/ruff format .
@@ -137,7 +137,7 @@ format:  ## rewrite all sources in the project's format
 	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
 docs: install  ## regenerate the pages that are made from the code
-	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/generate_cli.py
 
 clean:  ## remove what was built and cached, .venv excepted
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
