@@ -1,0 +1,278 @@
+"""What a user may set: `SamplingParams` for a generation, `EngineOptions` for a loaded model.
+
+Both are frozen and check themselves. A key that does not exist is an error, never dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar
+
+from bitllm.errors import ConfigError
+
+__all__ = ["EngineOptions", "KvDtype", "SamplingParams", "parse_size"]
+
+KvDtype = Literal["bf16", "fp32"]
+
+_Options = TypeVar("_Options", bound="SamplingParams | EngineOptions")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to continue a prompt.
+
+    None means "as the model says": the value in its generation_config.json, or, where that has
+    none, the neutral value given below. So a model that comes with a temperature samples by
+    default, and one without is greedy.
+
+    Attributes:
+        max_tokens: most tokens to generate, >= 1. None = the model's `max_new_tokens`, else 256 for
+            a prompt and the rest of the context for a chat; never more than the context holds.
+            A number given here that does not fit is a `ContextOverflowError`.
+        temperature: 0 = always the likeliest token; else 0.001 to 1000. Neutral: 0.
+        top_k: sample among the k likeliest, 0 = all. Neutral: 0.
+        top_p: sample among the fewest tokens whose probabilities reach this sum, in (0, 1].
+            Neutral: 1.
+        min_p: drop tokens less likely than this fraction of the likeliest, in [0, 1]. Neutral: 0.
+        seed: 0 to 2**64 - 1; the same seed gives the same text on every machine. None = drawn from
+            the operating system and reported in the `Completion`.
+        stop: a string, or several; generation ends before the first of them that is completed.
+        stop_token_ids: ids that end the generation, besides the model's own.
+        ignore_eos: do not end at the model's own stop ids.
+        min_tokens: the fewest tokens to generate: no stop id is drawn, and no stop string counts,
+            before that.
+        repetition_penalty: > 0; divides positive and multiplies negative logits of ids seen in the
+            prompt or the output. Neutral: 1.
+        frequency_penalty: subtracted from a logit once for each time its id was generated.
+        presence_penalty: subtracted from the logits of ids generated at least once.
+        logit_bias: id -> finite number added to its logit.
+        logprobs: None = none; k >= 0 = the log-probability of each token and of the k likeliest.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _integer(self, "max_tokens", low=1, optional=True)
+        _number(self, "temperature", low=0.0, high=1000.0, optional=True)
+        # Below this, logits divided by the temperature leave the range of float32.
+        if self.temperature is not None and 0 < self.temperature < 0.001:
+            raise ConfigError(
+                f"temperature must be 0 or at least 0.001, got {self.temperature}",
+                hint="temperature=0 always takes the likeliest token",
+            )
+        _integer(self, "top_k", low=0, optional=True, hint="top_k=0 switches the cut off")
+        _number(self, "top_p", low=0.0, high=1.0, above=True, optional=True)
+        _number(self, "min_p", low=0.0, high=1.0, optional=True)
+        _integer(self, "seed", low=0, high=2**64 - 1, optional=True)
+        _boolean(self, "ignore_eos")
+        _integer(self, "min_tokens", low=0)
+        _number(self, "repetition_penalty", low=0.0, above=True, optional=True)
+        _number(self, "frequency_penalty")
+        _number(self, "presence_penalty")
+        _integer(self, "logprobs", low=0, optional=True)
+        self._check_stops()
+        self._check_bias()
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ConfigError(
+                f"min_tokens is {self.min_tokens}, but max_tokens only {self.max_tokens}"
+            )
+
+    def _check_stops(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
+            raise ConfigError(f"stop must be a string or a list of strings, got {self.stop!r}")
+        if "" in stop:
+            raise ConfigError("stop must not hold an empty string: it would end every text at once")
+        object.__setattr__(self, "stop", tuple(stop))
+        ids: object = self.stop_token_ids
+        if isinstance(ids, str) or not isinstance(ids, Sequence):
+            raise ConfigError(f"stop_token_ids must be a list of token ids, got {ids!r}")
+        checked = tuple(_as_integer("stop_token_ids", token, low=0) for token in ids)
+        object.__setattr__(self, "stop_token_ids", checked)
+
+    def _check_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise ConfigError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+        checked = {
+            _as_integer("logit_bias", token, low=0): _as_number("logit_bias", value)
+            for token, value in self.logit_bias.items()
+        }
+        object.__setattr__(self, "logit_bias", checked)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple, whichever way `stop` was given."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @classmethod
+    def from_options(
+        cls, options: Mapping[str, Any], base: SamplingParams | None = None
+    ) -> SamplingParams:
+        """Return `base` (default: `SamplingParams()`) with `options` set.
+
+        Raises:
+            ConfigError: a key that does not exist (with the likely one), or a value out of range.
+        """
+        return _with_options(cls() if base is None else base, options, "sampling option")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How a model is loaded and run.
+
+    Attributes:
+        device: "auto", or the name of a backend such as "cpu" or "reference".
+        threads: worker threads; None = one for each physical core the process may use.
+        isa: kernel set of the CPU backend by name; None = the best this machine runs.
+        kv_dtype: how keys and values are stored, "bf16" or "fp32".
+        context: most tokens of one sequence, prompt and output together; None = what the model
+            was made for.
+        kv_tokens: positions the KV cache holds over all sequences together, at least `context`;
+            None = `context`. More lets more sequences run at once.
+        max_batch_tokens: most token rows of one step; longer prompts are computed in pieces.
+        memory_limit: bytes the model may use in all; None = what the machine has free. `parse_size`
+            reads "2.5GB".
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+    isa: str | None = None
+    kv_dtype: KvDtype = "bf16"
+    context: int | None = None
+    kv_tokens: int | None = None
+    max_batch_tokens: int = 512
+    memory_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.device, str) or not self.device:
+            raise ConfigError(f"device must be a name such as 'cpu', got {self.device!r}")
+        if self.isa is not None and (not isinstance(self.isa, str) or not self.isa):
+            raise ConfigError(f"isa must be a name such as 'avx2' or None, got {self.isa!r}")
+        if self.kv_dtype not in ("bf16", "fp32"):
+            raise ConfigError(f"kv_dtype must be 'bf16' or 'fp32', got {self.kv_dtype!r}")
+        for name in ("threads", "context", "kv_tokens", "memory_limit"):
+            _integer(self, name, low=1, optional=True)
+        _integer(self, "max_batch_tokens", low=1)
+
+    @classmethod
+    def from_options(
+        cls, options: Mapping[str, Any], base: EngineOptions | None = None
+    ) -> EngineOptions:
+        """Return `base` (default: `EngineOptions()`) with `options` set.
+
+        Raises:
+            ConfigError: a key that does not exist (with the likely one), or a value out of range.
+        """
+        return _with_options(cls() if base is None else base, options, "engine option")
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a text such as "800MB", "2.5 GB", "1GiB" or "4096" means.
+
+    Raises:
+        ConfigError: the text is no positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise ConfigError(f"{text!r} is no size in bytes", hint="write 4096, 800MB, 2.5GB or 1GiB")
+    base = 1024 if match[3] else 1000
+    size = int(float(match[1]) * base ** " kmgt".index((match[2] or " ").lower()))
+    if size < 1:
+        raise ConfigError(f"{text!r} is less than one byte")
+    return size
+
+
+def _with_options(base: _Options, options: Mapping[str, Any], what: str) -> _Options:
+    known = [item.name for item in dataclasses.fields(base)]
+    for key in options:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+            raise ConfigError(f"there is no {what} {key!r}", hint=hint)
+    return dataclasses.replace(base, **options) if options else base
+
+
+def _integer(
+    owner: object,
+    name: str,
+    *,
+    low: int,
+    high: int | None = None,
+    optional: bool = False,
+    hint: str | None = None,
+) -> None:
+    value = getattr(owner, name)
+    if not (optional and value is None):
+        object.__setattr__(owner, name, _as_integer(name, value, low=low, high=high, hint=hint))
+
+
+def _number(
+    owner: object,
+    name: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    optional: bool = False,
+) -> None:
+    value = getattr(owner, name)
+    if not (optional and value is None):
+        checked = _as_number(name, value, low=low, high=high, above=above)
+        object.__setattr__(owner, name, checked)
+
+
+def _boolean(owner: object, name: str) -> None:
+    if not isinstance(getattr(owner, name), bool):
+        raise ConfigError(f"{name} must be True or False, got {getattr(owner, name)!r}")
+
+
+def _as_integer(
+    name: str, value: Any, *, low: int, high: int | None = None, hint: str | None = None
+) -> int:
+    wanted = f"at least {low}" if high is None else f"{low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{name} must be a whole number, {wanted}, got {value!r}", hint=hint)
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise ConfigError(f"{name} must be {wanted}, got {number}", hint=hint)
+    return number
+
+
+def _as_number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ConfigError(f"{name} must be finite, got {value}")
+    if number < low or number > high or (above and number == low):
+        bound = "above" if above else "at least"
+        upper = f" and at most {high:g}" if high < math.inf else ""
+        raise ConfigError(f"{name} must be {bound} {low:g}{upper}, got {value}")
+    return number

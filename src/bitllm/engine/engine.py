@@ -1,0 +1,155 @@
+"""The step loop: what is scheduled becomes a batch, the batch tokens, the tokens text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from bitllm.backends.base import Decoder, StepOutput
+from bitllm.engine.batch import build_batch
+from bitllm.engine.blocks import BlockPool
+from bitllm.engine.outputs import Chunk, TokenLogprob
+from bitllm.engine.request import Request
+from bitllm.engine.scheduler import Run, Scheduler
+from bitllm.engine.sequence import Sequence
+from bitllm.engine.text import Detokenizer
+from bitllm.errors import ConfigError
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Runs requests on a decoder, all of them together, from any number of threads.
+
+    There is no thread of its own: whoever waits for a sequence takes the lock and makes a step,
+    which moves the sequences of the others too. A step that breaks off (Ctrl-C, an error of the
+    decoder) leaves the engine usable: the sequences still wanted are computed again.
+
+    Args:
+        decoder: a loaded model; the engine closes it.
+        make_detokenizer: returns a fresh detokenizer for a new sequence.
+        max_batch_tokens: most token rows of a step, as the decoder was loaded.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        make_detokenizer: Callable[[], Detokenizer],
+        *,
+        max_batch_tokens: int,
+    ) -> None:
+        self._decoder = decoder
+        self._make_detokenizer = make_detokenizer
+        self._pool = BlockPool(decoder.kv_capacity)
+        self._scheduler = Scheduler(self._pool, max_batch_tokens)
+        # Reentrant, because the garbage collector may close a stream, and so abort its sequence, in
+        # the middle of a step of the same thread. Such aborts wait in `_aborted`.
+        self._lock = threading.RLock()
+        self._stepping = False
+        self._closed = False
+        self._aborted: deque[Sequence] = deque()
+
+    @property
+    def free_blocks(self) -> int:
+        """KV blocks that no sequence holds."""
+        return self._pool.available
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request; whoever adds it must `abort` it in the end, finished or not."""
+        sequence = Sequence(request, self._make_detokenizer())
+        with self._lock:
+            self._check_open()
+            self._scheduler.add(sequence)
+        return sequence
+
+    def finish(self, sequence: Sequence) -> None:
+        """Make steps until the sequence has ended."""
+        while not sequence.finished:
+            with self._lock:
+                self._check_open()
+                if not sequence.finished:
+                    self._step()
+
+    def next_chunk(self, sequence: Sequence) -> Chunk | None:
+        """Make steps until the sequence has a chunk, and return it; None after the last."""
+        while True:
+            with self._lock:
+                self._check_open()
+                chunk = sequence.take_chunk()
+                if chunk is not None or sequence.finished:
+                    return chunk
+                self._step()
+
+    def abort(self, sequence: Sequence) -> None:
+        """Forget a sequence and free its blocks at once."""
+        self._aborted.append(sequence)
+        with self._lock:
+            if not self._stepping:
+                self._remove_aborted()
+
+    def close(self) -> None:
+        """Forget all sequences and close the decoder."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._scheduler.restart()
+                self._decoder.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError(
+                "this model is closed", hint="load it again, or close it after its last use"
+            )
+
+    def _remove_aborted(self) -> None:
+        while self._aborted:
+            self._scheduler.remove(self._aborted.popleft())
+
+    def _step(self) -> None:
+        self._stepping = True
+        complete = False
+        try:
+            self._remove_aborted()
+            runs = self._scheduler.schedule()
+            if not runs:
+                raise RuntimeError("a sequence was waited for that is not in the engine")
+            now = time.perf_counter()
+            for run in runs:
+                run.sequence.started(now)
+            batch = build_batch(runs, self._decoder.spec.vocab_size)
+            self._apply(runs, self._decoder.forward(batch))
+            complete = True
+        finally:
+            if not complete:
+                self._scheduler.restart()
+            self._stepping = False
+            self._remove_aborted()
+
+    def _apply(self, runs: list[Run], output: StepOutput) -> None:
+        now = time.perf_counter()
+        sampling = [run.sequence for run in runs if run.samples]
+        for run in runs:
+            run.sequence.computed += run.length
+        tokens = output.sampled.tolist()
+        for index, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
+            logprob = None
+            if sequence.request.top_logprobs >= 0:
+                logprob = _logprob(output, index, token, sequence.request.top_logprobs)
+            sequence.append(token, logprob, now)
+            if sequence.finished:
+                self._scheduler.remove(sequence)
+
+
+def _logprob(output: StepOutput, index: int, token: int, top: int) -> TokenLogprob:
+    ids = output.top_ids[index, :top].tolist()
+    values = output.top_logprobs[index, :top].astype(np.float64).tolist()
+    return TokenLogprob(token, float(output.logprobs[index]), tuple(zip(ids, values, strict=True)))

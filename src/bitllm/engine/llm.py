@@ -1,0 +1,306 @@
+"""`LLM`: a loaded model that people talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Sequence as Ordered
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
+
+import numpy as np
+
+from bitllm.backends.base import Decoder, DecoderInfo
+from bitllm.checkpoint import ModelSpec
+from bitllm.config import SamplingParams
+from bitllm.engine.engine import Engine
+from bitllm.engine.memory_plan import MemoryPlan
+from bitllm.engine.outputs import Chunk, Completion
+from bitllm.engine.request import ModelDefaults, Request, describe_defaults, resolve_request
+from bitllm.errors import ConfigError
+from bitllm.tokenizer import StreamDetokenizer, Tokenizer
+
+__all__ = ["LLM", "Message", "Prompt", "SamplingOptions"]
+
+Prompt = str | Ordered[int]
+"""A text, or token ids that are used as they are."""
+
+Message = Mapping[str, Any]
+"""One turn of a chat: {"role": "user", "content": "..."}."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The keywords of `generate`, `stream` and `chat`: the fields of `SamplingParams`."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    stop: str | Ordered[str]
+    stop_token_ids: Ordered[int]
+    ignore_eos: bool
+    min_tokens: int
+    repetition_penalty: float | None
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float]
+    logprobs: int | None
+
+
+class LLM:
+    """A model ready to write; made by `bitllm.load`.
+
+        llm = bitllm.load("microsoft/bitnet-b1.58-2B-4T")
+        print(llm.generate("The capital of France is", max_tokens=20))
+        for chunk in llm.stream("Once upon a time", temperature=0.8, seed=1):
+            print(chunk, end="", flush=True)
+
+    What is not set comes from the model's generation_config.json: see `SamplingParams`, and
+    `repr(llm)` for what this model says. One `LLM` may be used from many threads; what they ask for
+    runs together.
+
+    Args:
+        decoder: the loaded model; closed with this object.
+        tokenizer: its tokenizer.
+        name: what to call it.
+        context: most tokens of prompt and output together.
+        max_batch_tokens: most token rows of a step, as the decoder was loaded.
+        defaults: what the model says about its own generation.
+        plan: the memory budget it was loaded under, if one was made.
+
+    Attributes:
+        name: as given.
+        tokenizer: as given.
+        context: as given.
+        defaults: as given.
+        plan: as given.
+        spec: the architecture.
+        info: what it runs on.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        context: int,
+        max_batch_tokens: int,
+        defaults: ModelDefaults | None = None,
+        plan: MemoryPlan | None = None,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.context = context
+        self.defaults = ModelDefaults() if defaults is None else defaults
+        self.plan = plan
+        self.spec: ModelSpec = decoder.spec
+        self.info: DecoderInfo = decoder.info
+        self._engine = Engine(
+            decoder, lambda: StreamDetokenizer(tokenizer), max_batch_tokens=max_batch_tokens
+        )
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[int]],
+        *,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | list[str] | list[list[int]],
+        *,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion | list[Completion]:
+        """Continue a prompt, or several at once.
+
+        Args:
+            prompt: a text or its token ids; or a list of those.
+            params: how to continue; single options override it.
+            **options: fields of `SamplingParams`.
+
+        Returns:
+            A `Completion`; for a list of prompts, a list of them in the same order.
+
+        Raises:
+            ConfigError: an option that does not exist or is out of range, an empty prompt.
+            ContextOverflowError: prompt and `max_tokens` do not fit; raised before any work.
+        """
+        sampling = _sampling(params, options)
+        if _is_one(prompt):
+            return self._complete([self._request(cast(Prompt, prompt), sampling)])[0]
+        prompts = cast("list[Prompt]", prompt)
+        return self._complete([self._request(each, sampling) for each in prompts])
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Chunk]:
+        """Continue a prompt, yielding text as it comes; arguments and errors as in `generate`.
+
+        Leaving the loop early frees what the sequence held.
+        """
+        if not _is_one(prompt):
+            raise ConfigError("stream takes one prompt", hint="use generate for a list of prompts")
+        return self._chunks(self._request(prompt, _sampling(params, options)))
+
+    @overload
+    def chat(
+        self,
+        messages: str | Ordered[Message],
+        *,
+        stream: Literal[False] = False,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: str | Ordered[Message],
+        *,
+        stream: Literal[True],
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Chunk]: ...
+
+    def chat(
+        self,
+        messages: str | Ordered[Message],
+        *,
+        stream: bool = False,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion | Iterator[Chunk]:
+        """Answer a chat by the model's own template.
+
+        Args:
+            messages: the turns so far, each {"role": ..., "content": ...}; a text is one user turn.
+            stream: yield `Chunk`s instead of returning a `Completion`.
+            params: how to answer; single options override it.
+            **options: fields of `SamplingParams`.
+
+        Raises:
+            ChatTemplateError: the model has no chat template, or it refuses these messages.
+            ConfigError, ContextOverflowError: as in `generate`.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        ids = self.tokenizer.encode_chat(messages)
+        request = self._request(ids, _sampling(params, options), fill_context=True)
+        return self._chunks(request) if stream else self._complete([request])[0]
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Return the token ids of a text, with the start token where the model has one."""
+        return self.tokenizer.encode(text, add_bos=add_bos)
+
+    def decode(self, token_ids: Ordered[int], *, skip_special: bool = True) -> str:
+        """Return the text of token ids, without special tokens unless asked."""
+        return self.tokenizer.decode([int(token) for token in token_ids], skip_special=skip_special)
+
+    @property
+    def free_blocks(self) -> int:
+        """KV blocks that nobody holds."""
+        return self._engine.free_blocks
+
+    def close(self) -> None:
+        """Free the model; it cannot be used afterwards. Closing twice is harmless."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._engine.closed else ""
+        threads = "1 thread" if self.info.threads == 1 else f"{self.info.threads} threads"
+        return (
+            f"<LLM {self.name!r} on {self.info.backend} ({self.info.kernel}, {threads}), "
+            f"context {self.context}, defaults: {describe_defaults(self.defaults)}{state}>"
+        )
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, *, fill_context: bool = False
+    ) -> Request:
+        return resolve_request(
+            self.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt),
+            params,
+            self.defaults,
+            vocab_size=self.spec.vocab_size,
+            context=self.context,
+            fill_context=fill_context,
+        )
+
+    def _complete(self, requests: list[Request]) -> list[Completion]:
+        sequences = []
+        try:
+            for request in requests:
+                sequences.append(self._engine.add(request))
+            for sequence in sequences:
+                self._engine.finish(sequence)
+        finally:
+            for sequence in sequences:
+                self._engine.abort(sequence)
+        return [sequence.completion() for sequence in sequences]
+
+    def _chunks(self, request: Request) -> Generator[Chunk, None, None]:
+        sequence = self._engine.add(request)
+        try:
+            while (chunk := self._engine.next_chunk(sequence)) is not None:
+                yield chunk
+        finally:
+            self._engine.abort(sequence)
+
+
+def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    if params is not None and not isinstance(params, SamplingParams):
+        raise ConfigError(f"params must be SamplingParams, got {params!r}")
+    return SamplingParams.from_options(options, params)
+
+
+def _is_one(prompt: object) -> bool:
+    """Whether this is a single prompt: a text, or ids, which are whole numbers."""
+    if isinstance(prompt, str):
+        return True
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim < 2
+    if not isinstance(prompt, Ordered):
+        raise ConfigError(
+            f"a prompt is a text or a list of token ids, got {type(prompt).__name__}",
+            hint="or a list of those",
+        )
+    return len(prompt) > 0 and not isinstance(prompt[0], str | Ordered | np.ndarray)
+
+
+def _token_ids(prompt: Ordered[int]) -> list[int]:
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ConfigError(
+            f"token ids must be whole numbers in one list, got {prompt!r:.80}",
+            hint="text prompts and token ids cannot be mixed in one list",
+        )
+    return [int(token) for token in ids]

@@ -1,0 +1,122 @@
+"""`load`: from a model reference to an `LLM`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TypedDict, Unpack
+
+from bitllm.backends import get_backend
+from bitllm.backends.base import LoadOptions
+from bitllm.config import EngineOptions, KvDtype
+from bitllm.engine.llm import LLM
+from bitllm.engine.memory_plan import plan_memory
+from bitllm.engine.request import ModelDefaults
+from bitllm.formats import (
+    GenerationDefaults,
+    open_checkpoint,
+    read_generation_config,
+    resolve_model,
+)
+from bitllm.tokenizer import load_tokenizer
+
+__all__ = ["EngineKeywords", "load", "model_defaults"]
+
+DEMO_NOTICE = (
+    "bitllm: no model named, so this is the small demo model that comes with the package; "
+    "for a real one try microsoft/bitnet-b1.58-2B-4T"
+)
+
+
+class EngineKeywords(TypedDict, total=False):
+    """The keywords of `load`: the fields of `EngineOptions`."""
+
+    device: str
+    threads: int | None
+    isa: str | None
+    kv_dtype: KvDtype
+    context: int | None
+    kv_tokens: int | None
+    max_batch_tokens: int
+    memory_limit: int | None
+
+
+def load(
+    ref: str | None = None, *, revision: str | None = None, **options: Unpack[EngineKeywords]
+) -> LLM:
+    """Load a model and return it ready to write.
+
+        llm = bitllm.load("microsoft/bitnet-b1.58-2B-4T", threads=4, context=2048)
+
+    Args:
+        ref: a local directory or file, "org/name" or "org/name@revision" on the Hugging Face Hub;
+            None = the demo model that comes with bitllm (a line on stderr says so).
+        revision: branch, tag or commit on the Hub.
+        **options: fields of `EngineOptions`.
+
+    Raises:
+        ConfigError: an option that does not exist, is out of range, or does not fit the model.
+        ModelNotFoundError: the reference names nothing that can be reached.
+        CheckpointError: the model's files are broken or of a kind that bitllm does not run.
+        BackendUnavailableError: the device is not on this machine.
+        InsufficientMemoryError: the model does not fit; raised before its weights are read.
+    """
+    settings = EngineOptions.from_options(options)
+    backend = get_backend(settings.device)
+    files = resolve_model(ref, revision=revision)
+    if ref is None:
+        print(DEMO_NOTICE, file=sys.stderr)
+    checkpoint = open_checkpoint(files.path)
+    plan = plan_memory(checkpoint, settings)
+    plan.check(files.name)
+    tokenizer = load_tokenizer(files.path)
+    defaults = model_defaults(read_generation_config(files.path), tokenizer.stop_ids)
+    decoder = backend.load(
+        checkpoint,
+        LoadOptions(
+            kv_tokens=plan.kv_tokens,
+            kv_dtype=settings.kv_dtype,
+            threads=settings.threads,
+            isa=settings.isa,
+            max_batch_tokens=settings.max_batch_tokens,
+        ),
+    )
+    return LLM(
+        decoder,
+        tokenizer,
+        name=files.name,
+        context=plan.context,
+        max_batch_tokens=settings.max_batch_tokens,
+        defaults=defaults,
+        plan=plan,
+    )
+
+
+def model_defaults(suggested: GenerationDefaults, stop_ids: frozenset[int]) -> ModelDefaults:
+    """Return what a model says about its own generation.
+
+    A model whose generation_config says `do_sample: false`, or gives neither that nor a
+    temperature, is greedy; one that says `do_sample: true` without a temperature samples at 1.
+
+    Args:
+        suggested: its generation_config.json.
+        stop_ids: what its tokenizer and config call the end.
+    """
+    neutral = ModelDefaults()
+    temperature = suggested.temperature
+    if suggested.do_sample is False:
+        temperature = 0.0
+    elif temperature is None:
+        temperature = 1.0 if suggested.do_sample else 0.0
+    return ModelDefaults(
+        temperature=temperature,
+        top_k=neutral.top_k if suggested.top_k is None else suggested.top_k,
+        top_p=neutral.top_p if suggested.top_p is None else suggested.top_p,
+        min_p=neutral.min_p if suggested.min_p is None else suggested.min_p,
+        repetition_penalty=(
+            neutral.repetition_penalty
+            if suggested.repetition_penalty is None
+            else suggested.repetition_penalty
+        ),
+        max_tokens=suggested.max_new_tokens,
+        stop_ids=stop_ids.union(suggested.eos_token_ids),
+    )

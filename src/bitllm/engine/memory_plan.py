@@ -1,0 +1,240 @@
+"""How much memory a model will take, known before any of it is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitllm.backends.base import KV_BLOCK_SIZE
+from bitllm.checkpoint import Checkpoint, ModelSpec
+from bitllm.config import EngineOptions
+from bitllm.errors import ConfigError, InsufficientMemoryError
+
+__all__ = [
+    "MemoryPlan",
+    "available_memory",
+    "context_length",
+    "format_bytes",
+    "kv_bytes_per_token",
+    "kv_token_count",
+    "plan_memory",
+]
+
+PROCESS_BYTES = 50_000_000
+"""Interpreter, libraries and tokenizer: what a process holds before it has a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The memory budget of one model, in bytes.
+
+    Attributes:
+        weights: ternary codes and scales, embeddings, head and norms.
+        kv: the KV cache when it is full; its pages are taken as they are used.
+        scratch: intermediate results of one step, an upper estimate.
+        process: interpreter and libraries.
+        available: what the machine can still give, None = unknown.
+        limit: what the user allows, None = everything.
+        context: most tokens of a sequence.
+        kv_tokens: positions the KV cache holds over all sequences.
+        kv_bytes_per_token: bytes of keys and values of one position.
+    """
+
+    weights: int
+    kv: int
+    scratch: int
+    process: int
+    available: int | None
+    limit: int | None
+    context: int
+    kv_tokens: int
+    kv_bytes_per_token: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.kv + self.scratch + self.process
+
+    @property
+    def allowed(self) -> int | None:
+        """The smaller of what is available and what is allowed; None = nothing is known."""
+        bounds = [bound for bound in (self.available, self.limit) if bound is not None]
+        return min(bounds, default=None)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the total is within what is allowed."""
+        return self.allowed is None or self.total <= self.allowed
+
+    def rows(self) -> list[tuple[str, int]]:
+        """Return the table's lines as (what, bytes), the total last."""
+        return [
+            ("weights", self.weights),
+            (f"KV cache, {self.kv_tokens} tokens", self.kv),
+            ("step scratch", self.scratch),
+            ("process", self.process),
+            ("total", self.total),
+        ]
+
+    def table(self) -> str:
+        """Return the budget as aligned text lines."""
+        rows = self.rows()
+        if self.available is not None:
+            rows.append(("available", self.available))
+        if self.limit is not None:
+            rows.append(("memory_limit", self.limit))
+        width = max(len(what) for what, _ in rows)
+        return "\n".join(f"  {what:<{width}}  {format_bytes(size):>9}" for what, size in rows)
+
+    def check(self, name: str) -> None:
+        """Refuse a plan that does not fit.
+
+        Raises:
+            InsufficientMemoryError: with the table, and the context that would fit.
+        """
+        if self.fits:
+            return
+        bound = "memory_limit" if self.allowed == self.limit else "the memory available"
+        raise InsufficientMemoryError(
+            f"{name} does not fit into {bound}:\n{self.table()}", hint=self._way_out()
+        )
+
+    def _way_out(self) -> str:
+        room = (self.allowed or 0) - (self.total - self.kv)
+        tokens = room // self.kv_bytes_per_token // KV_BLOCK_SIZE * KV_BLOCK_SIZE
+        if tokens >= KV_BLOCK_SIZE:
+            return f"context={tokens} (with no larger kv_tokens) fits"
+        return "free some memory, raise memory_limit, or take a smaller model"
+
+
+def context_length(spec: ModelSpec, options: EngineOptions) -> int:
+    """Return the most tokens of one sequence.
+
+    Raises:
+        ConfigError: `options.context` is more than the model was made for.
+    """
+    if options.context is None:
+        return spec.max_context
+    if options.context > spec.max_context:
+        raise ConfigError(
+            f"context is {options.context}, but the model was made for {spec.max_context} tokens",
+            hint=f"take context={spec.max_context} or less",
+        )
+    return options.context
+
+
+def kv_token_count(spec: ModelSpec, options: EngineOptions) -> int:
+    """Return the positions of the KV cache: `kv_tokens` or `context`, in whole blocks.
+
+    Raises:
+        ConfigError: the cache would not hold one sequence.
+    """
+    context = context_length(spec, options)
+    tokens = context if options.kv_tokens is None else options.kv_tokens
+    if tokens < context:
+        raise ConfigError(
+            f"kv_tokens is {tokens}, but one sequence may have {context} (context)",
+            hint="raise kv_tokens, or set a smaller context",
+        )
+    return -(-tokens // KV_BLOCK_SIZE) * KV_BLOCK_SIZE
+
+
+def kv_bytes_per_token(spec: ModelSpec, kv_dtype: str) -> int:
+    """Return the bytes of keys and values of one position, over all layers."""
+    values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in spec.layers)
+    return values * (2 if kv_dtype == "bf16" else 4)
+
+
+def plan_memory(
+    checkpoint: Checkpoint, options: EngineOptions, *, available: int | None = None
+) -> MemoryPlan:
+    """Return the memory budget of a model without reading its weights.
+
+    Args:
+        checkpoint: an opened model; only the sizes of its tensors are looked at.
+        options: how it would be loaded.
+        available: bytes there are; None = ask the machine.
+
+    Raises:
+        ConfigError: context or kv_tokens do not fit the model.
+        MissingTensorError: the checkpoint lacks a tensor.
+    """
+    spec = checkpoint.spec
+    per_token = kv_bytes_per_token(spec, options.kv_dtype)
+    tokens = kv_token_count(spec, options)
+    return MemoryPlan(
+        weights=_weight_bytes(checkpoint),
+        kv=tokens * per_token,
+        scratch=_scratch_bytes(spec, options.max_batch_tokens),
+        process=PROCESS_BYTES,
+        available=available_memory() if available is None else available,
+        limit=options.memory_limit,
+        context=context_length(spec, options),
+        kv_tokens=tokens,
+        kv_bytes_per_token=per_token,
+    )
+
+
+def _weight_bytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes of all tensors: 2 bits a ternary weight, dense tensors as stored."""
+    spec = checkpoint.spec
+    dense = sum(checkpoint.dense(name).nbytes for name in spec.dense_shapes())
+    # Scales are not counted: one number a matrix or a row, against thousands of weights.
+    ternary = sum(
+        linear.out_features * (-(-linear.in_features // 4)) for _, linear in spec.linear_names()
+    )
+    return dense + ternary
+
+
+def _scratch_bytes(spec: ModelSpec, rows: int) -> int:
+    """Return an upper estimate of a step's intermediate results for `rows` token rows."""
+    widest = 0
+    for layer in spec.layers:
+        attention = layer.q.out_features + layer.k.out_features + layer.v.out_features
+        floats = 3 * spec.hidden_size + attention + layer.q.out_features + 3 * layer.up.out_features
+        widest = max(widest, 4 * floats + max(layer.down.in_features, spec.hidden_size))
+    return rows * widest + 4 * 4 * spec.vocab_size
+
+
+def available_memory() -> int | None:
+    """Return the bytes this process can still take without swapping; None = unknown.
+
+    The smaller of what the kernel calls available and what the control group still allows.
+    """
+    bounds = [_system_available(), _group_available(Path("/sys/fs/cgroup"))]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _system_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _group_available(root: Path) -> int | None:
+    """Return what a version 2 control group mounted at `root` still allows, None = no limit."""
+    try:
+        limit = int((root / "memory.max").read_text())
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    # File pages that are not in use count as used here, but are given back when memory is wanted.
+    return max(0, limit - used + int(stat.get("inactive_file", 0)))
+
+
+def format_bytes(size: int) -> str:
+    """Return a size as people read it, in powers of 1000: "1.18 GB", "812 MB", "96 kB"."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            value = size / scale
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{size} B"

@@ -1,0 +1,106 @@
+"""What a generation gives back: `Completion`, and `Chunk` by `Chunk` while it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Chunk", "Completion", "FinishReason", "TokenLogprob", "Usage"]
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of one generated token, by the model's own distribution.
+
+    Attributes:
+        token_id: the token.
+        logprob: its natural log-probability, before bias, penalties, temperature and cuts.
+        top: (token id, log-probability) of the likeliest tokens, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens and time of one generation.
+
+    Sequences that run in the same steps share that time: each reports all of it.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens generated, a stop id included.
+        prefill_seconds: from the first step of this sequence to its first token.
+        decode_seconds: from its first token to its last.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Speed of reading the prompt; 0 where no time passed."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of writing, after the first token; 0 for fewer than two tokens."""
+        written = self.completion_tokens - 1
+        return written / self.decode_seconds if written > 0 and self.decode_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The continuation of a prompt; `str()` of it is its text.
+
+    Attributes:
+        text: the text, without stop string or stop id.
+        token_ids: every id generated, the stop id and the ids of a stop string included.
+        finish_reason: "stop" at a stop id or stop string, "length" at max_tokens.
+        usage: tokens and time.
+        seed: seed of the draws, also where none was given; None at temperature 0.
+        logprobs: one entry for each of `token_ids`, or None if not asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    seed: int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next piece of a streamed completion; `str()` of it is its text.
+
+    The pieces joined give the `Completion`. Text comes in whole characters, and what could still
+    become a stop string is held back until it cannot.
+
+    Attributes:
+        text: new text; empty only in the last chunk.
+        token_ids: ids generated since the chunk before.
+        finish_reason: why the text ended; None in all chunks but the last.
+        usage: tokens and time, in the last chunk.
+        seed: as in `Completion`, in the last chunk.
+        logprobs: one entry for each of `token_ids`, or None if not asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    seed: int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.text

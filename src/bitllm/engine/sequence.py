@@ -1,0 +1,156 @@
+"""One request on its way: its tokens, its KV blocks, its text, and why it ended."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from bitllm.backends.base import KV_BLOCK_SIZE
+from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, Usage
+from bitllm.engine.request import Request
+from bitllm.engine.text import Detokenizer, TextStream
+
+__all__ = ["Sequence"]
+
+
+class Sequence:
+    """The state of one request.
+
+    Everything but `token_ids` can be computed again from them: a sequence that loses its blocks
+    (`computed` = 0) goes on as if nothing had been, because drawing depends on the request and
+    the position alone.
+
+    Attributes:
+        request: what is asked for.
+        token_ids: prompt and output.
+        computed: leading tokens whose keys and values are in the cache.
+        block_ids: KV blocks held, in order of position.
+        finish_reason: None while it runs.
+    """
+
+    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
+        self.request = request
+        self.token_ids = list(request.prompt_ids)
+        self.computed = 0
+        self.block_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.seen = dict.fromkeys(request.prompt_ids, 0) if request.penalised else {}
+        longest = len(request.prompt_ids) + request.max_tokens
+        self._table = np.full(self.blocks_for(longest), -1, np.int32)
+        self._stream = TextStream(detokenizer, request.stop_strings)
+        self._logprobs: list[TokenLogprob] = []
+        self._chunk_start = self.prompt_length
+        self._reported = False
+        self._times = [0.0, 0.0, 0.0]
+
+    @staticmethod
+    def blocks_for(tokens: int) -> int:
+        """Return how many KV blocks hold this many tokens."""
+        return -(-tokens // KV_BLOCK_SIZE)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def generated(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def pending(self) -> int:
+        """Tokens not computed yet; 1 while decoding."""
+        return len(self.token_ids) - self.computed
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last token is drawn."""
+        return self.finish_reason is not None
+
+    def add_block(self, block: int) -> None:
+        """Take a KV block for the next positions."""
+        self._table[len(self.block_ids)] = block
+        self.block_ids.append(block)
+
+    def drop_blocks(self) -> list[int]:
+        """Forget everything computed and return the blocks that held it."""
+        blocks, self.block_ids, self.computed = self.block_ids, [], 0
+        self._table.fill(-1)
+        return blocks
+
+    def block_table(self, blocks: int) -> npt.NDArray[np.int32]:
+        """Return the first entries of the block table, int32 [blocks]."""
+        return self._table[:blocks]
+
+    def started(self, now: float) -> None:
+        """Note the time (seconds) of the first step this sequence takes part in."""
+        if self._times[0] == 0.0:
+            self._times = [now, now, now]
+
+    def append(self, token_id: int, logprob: TokenLogprob | None, now: float) -> None:
+        """Add a drawn token and find out whether it is the last."""
+        request = self.request
+        self._times[2] = now
+        if self.generated == 0:
+            self._times[1] = now
+        self.token_ids.append(token_id)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        if request.penalised:
+            self.seen[token_id] = self.seen.get(token_id, 0) + 1
+        if token_id in request.stop_ids:
+            self._stream.finish()
+            self.finish_reason = "stop"
+        elif self._stream.push(token_id, may_stop=self.generated >= request.min_tokens):
+            self.finish_reason = "stop"
+        elif self.generated >= request.max_tokens:
+            self._stream.finish()
+            self.finish_reason = "length"
+
+    def take_chunk(self) -> Chunk | None:
+        """Return what is new since the last call; None without new text, or after the last."""
+        text = self._stream.take()
+        if self._reported or not (text or self.finished):
+            return None
+        start, self._chunk_start = self._chunk_start, len(self.token_ids)
+        logprobs = None
+        if self.request.top_logprobs >= 0:
+            logprobs = tuple(self._logprobs[start - self.prompt_length :])
+        ids = tuple(self.token_ids[start:])
+        if not self.finished:
+            return Chunk(text=text, token_ids=ids, logprobs=logprobs)
+        self._reported = True
+        return Chunk(
+            text=text,
+            token_ids=ids,
+            finish_reason=self.finish_reason,
+            usage=self._usage(),
+            seed=self._seed(),
+            logprobs=logprobs,
+        )
+
+    def completion(self) -> Completion:
+        """Return the whole result of a finished sequence."""
+        if self.finish_reason is None:
+            raise RuntimeError("the sequence has not ended")
+        return Completion(
+            text=self._stream.text,
+            token_ids=tuple(self.token_ids[self.prompt_length :]),
+            finish_reason=self.finish_reason,
+            usage=self._usage(),
+            seed=self._seed(),
+            logprobs=tuple(self._logprobs) if self.request.top_logprobs >= 0 else None,
+        )
+
+    def _seed(self) -> int | None:
+        return self.request.seed if self.request.temperature > 0 else None
+
+    def _usage(self) -> Usage:
+        start, first, last = self._times
+        return Usage(
+            prompt_tokens=self.prompt_length,
+            completion_tokens=self.generated,
+            prefill_seconds=first - start,
+            decode_seconds=last - first,
+        )
