@@ -306,7 +306,7 @@ _ENTRY_FIELDS = (
 def check_batch(batch: Batch, spec: ModelSpec, kv_capacity: int, max_batch_tokens: int) -> None:
     """Refuse a batch that contradicts itself or the model.
 
-    Every backend calls this before anything else, or makes the same checks in its native code, where
+    Every backend calls this before anything else, or makes the same checks in native code, where
     they cost less.
 
     Raises:

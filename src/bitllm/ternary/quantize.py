@@ -53,13 +53,13 @@ def quantize_weights(
     """
     if weights.ndim != 2 or not weights.size:
         raise QuantizationError(f"weights must be a matrix [out, in], got shape {weights.shape}")
-    if (granularity == "group") != (group_size is not None) or (group_size or 1) < 1:
+    contradiction = (granularity == "group") == (group_size is None)
+    if contradiction or (group_size is not None and group_size < 1):
         raise QuantizationError(
             f"granularity {granularity!r} does not go with group_size {group_size}",
             hint='give a positive group_size with granularity "group", and only there',
         )
-    values = np.asarray(weights, np.float32)
-    _refuse_unbounded(values, "weights")
+    values = _as_float32(weights, "weights")
     width = group_size or values.shape[1]
     # The means are taken in float64 so that they do not depend on the order of summation.
     starts = np.arange(0, values.shape[1], width)
@@ -104,10 +104,9 @@ def quantize_activations(
     Raises:
         QuantizationError: NaN or infinity, or no feature axis.
     """
-    values = np.asarray(x, np.float32)
-    if values.ndim == 0 or values.shape[-1] == 0:
-        raise QuantizationError(f"activations must be [..., features], got shape {values.shape}")
-    _refuse_unbounded(values, "activations")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise QuantizationError(f"activations must be [..., features], got shape {x.shape}")
+    values = _as_float32(x, "activations")
     largest = np.maximum(np.abs(values).max(axis=-1), _SMALLEST_SCALE)
     a = np.asarray(np.float32(127.0) / largest, np.float32)
     q = np.clip(np.rint(values * a[..., None]), -128, 127).astype(np.int8)
@@ -172,11 +171,14 @@ def dequantize(
     return codes.astype(np.float32) * factors.astype(np.float32)
 
 
-def _refuse_unbounded(values: npt.NDArray[np.float32], what: str) -> None:
-    finite = np.isfinite(values)
+def _as_float32(values: npt.NDArray[np.floating[Any]], what: str) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, refused below
+        narrowed = np.asarray(values, np.float32)
+    finite = np.isfinite(narrowed)
     if not finite.all():
         where = np.argwhere(~finite)[0].tolist()
         raise QuantizationError(
             f"{what} hold {values[tuple(where)]} at {where}: only finite numbers can be quantised",
             hint="the file is damaged, or the computation before this overflowed",
         )
+    return narrowed
