@@ -36,7 +36,8 @@ class CommandGroup(click.Group):
         """Import and return the command of a verb; None if there is no such verb."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"bitllm.cli.{cmd_name}"), cmd_name)
+        module = importlib.import_module(f"bitllm.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -93,7 +94,7 @@ def _unknown_command(ctx: click.Context, name: str) -> click.UsageError:
     if close:
         hint = f"did you mean '{ctx.command_path} {close[0]}'?"
     elif " " in name:
-        hint = f"to continue a prompt: {ctx.command_path} run \"{name.strip()}\""
+        hint = f'to continue a prompt: {ctx.command_path} run "{name.strip()}"'
     else:
         hint = f"the commands are {', '.join(COMMANDS)}; see '{ctx.command_path} --help'"
     return _UnknownCommand(f"no such command: '{name}'", ctx, hint)
@@ -136,7 +137,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
 @verbose_option
 @click.pass_context
 def app(ctx: click.Context) -> None:
-    """Run BitNet b1.58 language models on this machine.
+    r"""Run BitNet b1.58 language models on this machine.
 
     \b
     bitllm run "Once upon a time"            continue a prompt with the demo model

@@ -53,9 +53,9 @@ def report(error: Exception, *, verbose: bool) -> int:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         print_error(f"{where}{error.strerror}")
     else:
-        what = " ".join(str(error).split())
+        what = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
         print_error(
-            f"unexpected {type(error).__name__}{': ' if what else ''}{what}; this is a bug in bitllm",
+            f"unexpected {what}; this is a bug in bitllm",
             "run it again with --verbose and report the traceback together with the output of"
             " 'bitllm doctor'",
         )

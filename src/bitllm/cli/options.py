@@ -10,7 +10,7 @@ import click
 
 __all__ = [
     "chosen",
-    "device_options",
+    "engine_options",
     "is_verbose",
     "json_option",
     "model_option",
@@ -25,7 +25,7 @@ Decorator = Callable[[F], F]
 _VERBOSE = "bitllm.cli.verbose"
 
 
-class OneString(click.ParamType):
+class OneString(click.types.StringParamType):
     """Text of which an environment variable holds one, white space included."""
 
     name = "text"
@@ -100,12 +100,10 @@ model_option: Decorator[Any] = option(
     " Default: the demo model inside bitllm.",
 )
 
-device_options: Decorator[Any] = _together(
+engine_options: Decorator[Any] = _together(
     option(
         "--device",
-        type=click.Choice(["auto", "cpu", "reference"]),
-        default="auto",
-        show_default=True,
+        metavar="auto|cpu|reference",
         help="What computes: native kernels (cpu) or plain NumPy (reference).",
     ),
     option(
@@ -134,7 +132,9 @@ sampling_options: Decorator[Any] = _together(
         type=click.FloatRange(min=0),
         help="0 always takes the likeliest token; higher is more varied.",
     ),
-    option("--top-k", type=click.IntRange(min=0), help="Draw from the K likeliest tokens. 0 = all."),
+    option(
+        "--top-k", type=click.IntRange(min=0), help="Draw from the K likeliest tokens. 0 = all."
+    ),
     option(
         "--top-p",
         type=click.FloatRange(min=0, max=1, min_open=True),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = [
     "emit",
     "emit_json",
-    "format_bytes",
     "format_count",
     "note",
     "paint",
@@ -25,7 +27,7 @@ __all__ = [
 ]
 
 PROGRESS_DELAY_S = 0.3
-"""Work that is done sooner than this shows no bar."""
+"""Work that is done sooner shows no bar."""
 
 
 def use_color(stream: TextIO | None = None) -> bool:
@@ -60,15 +62,6 @@ def emit_json(value: object) -> None:
     emit(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def format_bytes(count: int) -> str:
-    """Return a size in decimal units with three figures: `45.1 MB`, `1.18 GB`, `512 B`."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        del units[0]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
-
-
 def format_count(count: int) -> str:
     """Return a number of things with three figures: `2.41 B`, `3.2 M`, `950`."""
     value, units = float(count), ["", " k", " M", " B", " T"]
@@ -88,10 +81,10 @@ def tolerate_narrow_encodings() -> None:
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield `advance(done, total)`, which draws a bar on stderr while the block runs.
+    """Show on stderr that work goes on; yield `advance(done, total)` for work that can be counted.
 
-    Nothing is drawn unless stderr is a terminal and the work outlasts `PROGRESS_DELAY_S`; the bar
-    is gone when the block ends. rich is imported only when a bar is drawn.
+    Nothing is drawn unless stderr is a terminal and the work outlasts `PROGRESS_DELAY_S`; what is
+    drawn is gone when the block ends. rich is imported only to draw.
     """
     if not sys.stderr.isatty():
         yield lambda done, total: None
@@ -104,36 +97,45 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class _Bar:
-    """A transient progress bar that appears only once the work has taken a while."""
+    """A transient bar that appears only once the work has taken a while."""
 
     def __init__(self, label: str) -> None:
         self._label = label
-        self._start = time.monotonic()
-        self._stop: Callable[[], None] | None = None
-        self._update: Callable[[int, int], None] | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        self._bars: Progress | None = None
+        self._count: tuple[int, int] | None = None
+        self._timer = threading.Timer(PROGRESS_DELAY_S, self._draw)
+        self._timer.daemon = True
+        self._timer.start()
 
     def advance(self, done: int, total: int) -> None:
-        if self._update is None and time.monotonic() - self._start >= PROGRESS_DELAY_S:
-            self._draw()
-        if self._update is not None:
-            self._update(done, total)
+        """Say that `done` of `total` pieces are finished."""
+        with self._lock:
+            self._count = (done, total)
+            self._update()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._timer.cancel()
+        with self._lock:
+            self._closed = True
+            if self._bars is not None:
+                self._bars.stop()
 
     def _draw(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(),
-        )
-        bars = Progress(*columns, console=Console(stderr=True), transient=True)
-        task = bars.add_task(self._label)
-        bars.start()
-        self._stop = bars.stop
-        self._update = lambda done, total: bars.update(task, completed=done, total=total)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with self._lock:
+            if not self._closed:
+                self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
+                self._bars.add_task(self._label, total=None)
+                self._bars.start()
+                self._update()
 
-    def close(self) -> None:
-        if self._stop is not None:
-            self._stop()
+    def _update(self) -> None:
+        if self._bars is not None and self._count is not None:
+            done, total = self._count
+            self._bars.update(self._bars.task_ids[0], completed=done, total=total)

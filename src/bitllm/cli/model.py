@@ -1,0 +1,48 @@
+"""Loading a model for a command, and reporting on it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from bitllm.cli.answer import status_line
+from bitllm.cli.options import chosen
+from bitllm.cli.terminal import note, progress
+
+if TYPE_CHECKING:
+    from bitllm.engine.llm import LLM
+    from bitllm.engine.outputs import Usage
+
+__all__ = ["ENGINE_OPTIONS", "load_model", "print_status", "resident_bytes", "split_options"]
+
+ENGINE_OPTIONS = ("device", "threads", "context")
+"""The options of a command that say how a model is loaded; the others say how it answers."""
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that were given, as those of `bitllm.load` and those of `generate`."""
+    given = chosen(**options)
+    engine = {name: given.pop(name) for name in ENGINE_OPTIONS if name in given}
+    return engine, given
+
+
+def load_model(ref: str | None, options: Mapping[str, Any]) -> LLM:
+    """Load a model, with a progress bar if that takes long and a terminal shows it."""
+    from bitllm.engine.loading import load
+
+    with progress("loading"):
+        return load(ref, **options)
+
+
+def resident_bytes() -> int | None:
+    """Return the memory this process holds, None where the native module is missing."""
+    try:
+        from bitllm.backends.cpu import resident_bytes as measure
+    except ImportError:
+        return None
+    return measure()
+
+
+def print_status(llm: LLM, usage: Usage) -> None:
+    """Print tokens, speed, memory, kernel and threads of an answer to stderr."""
+    note(status_line(usage, llm.info, resident_bytes()))
