@@ -5,8 +5,9 @@
 
 namespace bitllm {
 
-// Bytes a second at which `threads` threads together read a buffer of `bytes` bytes, the best of some passes.
-// `bytes` should be several times the last-level cache; 0 threads is not allowed (std::invalid_argument).
+// Bytes a second at which `threads` threads together read a buffer of `bytes` bytes, the best of
+// some passes. `bytes` should be several times the last-level cache; 0 threads is not allowed
+// (std::invalid_argument).
 double read_bandwidth(int threads, size_t bytes);
 
 }  // namespace bitllm

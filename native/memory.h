@@ -1,4 +1,5 @@
-// Memory of the decoder: pages from the system, an arena for the scratch of a step, storage of KV blocks.
+// Memory of the decoder: pages from the system, an arena for the scratch of a step, storage of KV
+// blocks.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +14,8 @@ constexpr size_t align_up(size_t bytes, size_t alignment = ALIGNMENT) {
     return (bytes + alignment - 1) / alignment * alignment;
 }
 
-// Zeroed pages that take no memory before they are touched; moves, does not copy. Empty for 0 bytes.
+// Zeroed pages that take no memory before they are touched; moves, does not copy. Empty for 0
+// bytes.
 class Pages {
   public:
     Pages() = default;
@@ -41,8 +43,8 @@ class Arena {
   public:
     explicit Arena(size_t capacity) : pages_(capacity) {}
 
-    // `count` uninitialised values, aligned to ALIGNMENT, valid until reset(). Throws std::length_error when
-    // the capacity is used up: the plan that sized the arena is wrong.
+    // `count` uninitialised values, aligned to ALIGNMENT, valid until reset(). Throws
+    // std::length_error when the capacity is used up: the plan that sized the arena is wrong.
     template <class T>
     T* take(size_t count) {
         static_assert(std::is_trivially_copyable_v<T> && alignof(T) <= ALIGNMENT);
@@ -71,8 +73,8 @@ class Arena {
     size_t peak_ = 0;
 };
 
-// `blocks` blocks of `block_bytes` bytes, each aligned to ALIGNMENT, zero until written; memory is taken block
-// by block as they are first touched.
+// `blocks` blocks of `block_bytes` bytes, each aligned to ALIGNMENT, zero until written; memory is
+// taken block by block as they are first touched.
 class BlockStorage {
   public:
     // Throws std::bad_alloc, also when the product overflows.

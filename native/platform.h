@@ -1,4 +1,5 @@
-// The only operating-system code: CPU features and limits, memory mapping, the floating point control word.
+// The only operating-system code: CPU features and limits, memory mapping, the floating point
+// control word.
 //
 // Figures that a system does not tell are 0 ("unknown"), never a guess.
 #pragma once
@@ -25,30 +26,31 @@ CpuFeatures cpu_features();
 // Model name as the system tells it, or the architecture's name.
 std::string cpu_name();
 
-// Physical cores this process may use: its affinity mask and the CPU quota of its cgroup are respected.
-// At least 1.
+// Physical cores this process may use: its affinity mask and the CPU quota of its cgroup are
+// respected. At least 1.
 int physical_cores();
 
 // Logical CPUs this process may use, by affinity mask and quota. At least 1.
 int usable_cpus();
 
-// Bytes that can still be allocated without swapping: free and reclaimable memory of the machine, or what the
-// limit of the process's cgroup leaves, whichever is less. 0 = unknown.
+// Bytes that can still be allocated without swapping: free and reclaimable memory of the machine,
+// or what the limit of the process's cgroup leaves, whichever is less. 0 = unknown.
 size_t available_memory();
 
-// Bytes of this process in RAM, and how many of those are pages of files (mapped weights, libraries) that the
-// system can drop and read again.
+// Bytes of this process in RAM, and how many of those are pages of files (mapped weights,
+// libraries) that the system can drop and read again.
 size_t resident_bytes();
 size_t resident_file_bytes();
 
-// Zeroed anonymous pages, aligned to pages, that take no memory before they are touched. `huge` asks for huge
-// pages where the system has them; use it for memory that will be used in full. Throws std::bad_alloc.
+// Zeroed anonymous pages, aligned to pages, that take no memory before they are touched. `huge`
+// asks for huge pages where the system has them; use it for memory that will be used in full.
+// Throws std::bad_alloc.
 void* map_pages(size_t bytes, bool huge = false);
 void unmap_pages(void* pages, size_t bytes) noexcept;
 
-// Default floating point control word (round to nearest, no flushing of denormals, no traps) from construction
-// to destruction, then the former one again. A calling program may have changed it; the numerics contract
-// needs the default.
+// Default floating point control word (round to nearest, no flushing of denormals, no traps) from
+// construction to destruction, then the former one again. A calling program may have changed it;
+// the numerics contract needs the default.
 class FloatControlScope {
   public:
     FloatControlScope() noexcept;
@@ -63,7 +65,8 @@ class FloatControlScope {
 // Called first on each worker thread: names it and leaves signals to the program's own threads.
 void prepare_worker_thread(int worker) noexcept;
 
-// How often this process is the child of a fork: whoever owns threads compares it with the value at their start.
+// How often this process is the child of a fork: whoever owns threads compares it with the value at
+// their start.
 uint64_t fork_generation() noexcept;
 
 // Tells the CPU that this is a spin loop.

@@ -1,12 +1,14 @@
 // Parallel regions on a fixed set of workers.
 //
-// The calling thread is worker 0; the others wait between regions, first spinning for some microseconds (the
-// regions of a step follow each other closely), then asleep, so that an idle process uses no CPU. Regions of
-// several callers queue. After a fork the child's first region starts workers of its own.
+// The calling thread is worker 0; the others wait between regions, first spinning for some
+// microseconds (the regions of a step follow each other closely), then asleep, so that an idle
+// process uses no CPU. Regions of several callers queue. After a fork the child's first region
+// starts workers of its own.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <type_traits>
 
@@ -25,8 +27,9 @@ class ThreadPool {
 
     int size() const { return threads_; }
 
-    // Calls region(context, worker, size()) on every worker and returns when all have returned. All run with
-    // the default floating point control word. Throws std::logic_error when called from inside a region.
+    // Calls region(context, worker, size()) on every worker and returns when all have returned. All
+    // run with the default floating point control word. Throws std::logic_error when called from
+    // inside a region.
     void run(Region region, void* context);
 
     // run() for a callable body(worker, workers).
@@ -38,8 +41,8 @@ class ThreadPool {
             const_cast<std::remove_const_t<Plain>*>(std::addressof(body)));
     }
 
-    // Inside a region: returns when all workers have called it as often as this one; what each wrote before
-    // is visible to all after.
+    // Inside a region: returns when all workers have called it as often as this one; what each
+    // wrote before is visible to all after.
     void barrier(int worker);
 
   private:
@@ -50,10 +53,12 @@ class ThreadPool {
     std::atomic<Crew*> crew_;
 };
 
-// The pool of this process for that many threads, made on first use and kept. Forwards that share it queue.
+// The pool of this process for that many threads, made on first use and kept. Forwards that share
+// it queue.
 ThreadPool& shared_pool(int threads);
 
-// Part `part` of `parts` near-equal parts of 0 .. count, in steps of `grain` (the last may be shorter).
+// Part `part` of `parts` near-equal parts of 0 .. count, in steps of `grain` (the last may be
+// shorter).
 struct Range {
     size_t begin;
     size_t end;
