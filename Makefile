@@ -130,6 +130,7 @@ check: install  ## formatting, lint, types, import contracts, generated docs
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
 	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python docs/generate_tree.py --check
 
 format:  ## rewrite all sources in the project's format
 	$(BIN)/ruff format .
@@ -138,6 +139,7 @@ format:  ## rewrite all sources in the project's format
 
 docs: install  ## regenerate the pages that are made from the code
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_tree.py
 
 clean:  ## remove what was built and cached, .venv excepted
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
