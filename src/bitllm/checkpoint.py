@@ -82,7 +82,7 @@ class DenseTensor:
         if self.dtype == "bf16":
             widened = self.data.astype(np.uint32) << np.uint32(16)
             return widened.view(np.float32)
-        return np.ascontiguousarray(self.data, dtype=np.float32)
+        return np.asarray(self.data, dtype=np.float32, order="C")
 
 
 @dataclass(frozen=True, slots=True)
