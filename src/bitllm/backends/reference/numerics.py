@@ -34,12 +34,13 @@ def lane_sum(products: F32) -> F32:
     Returns:
         float32 [...].
     """
-    n = products.shape[-1]
-    padded = np.zeros((*products.shape[:-1], -(-n // LANES) * LANES), np.float32)
+    *leading, n = products.shape
+    step_count = -(-n // LANES)
+    padded = np.zeros((*leading, step_count * LANES), np.float32)
     padded[..., :n] = products
-    steps = padded.reshape(*products.shape[:-1], -1, LANES)
-    lanes = np.zeros((*products.shape[:-1], LANES), np.float32)
-    for step in range(steps.shape[-2]):
+    steps = padded.reshape(*leading, step_count, LANES)
+    lanes = np.zeros((*leading, LANES), np.float32)
+    for step in range(step_count):
         lanes = lanes + steps[..., step, :]
     width = LANES
     while width > 1:
