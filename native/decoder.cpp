@@ -1,0 +1,252 @@
+// Building a decoder, its KV storage, and the checks of a batch; the step itself is in decoder_step.cpp.
+#include "decoder.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "packing.h"
+#include "platform.h"
+
+namespace bitllm {
+namespace {
+
+constexpr const char* LINEAR_TEXT[LINEAR_COUNT] = {"q", "k", "v", "o", "gate", "up", "down"};
+// Accumulators are int32 and pass through float32: beyond this they would not be exact.
+constexpr size_t LARGEST_INPUT = (size_t{1} << 24) / 127;
+constexpr size_t HUGE_PAGE = size_t{1} << 21;
+
+[[noreturn]] void refuse(const std::string& text) { throw std::invalid_argument(text); }
+
+void demand(bool holds, const char* text) {
+    if (!holds) refuse(text);
+}
+
+bool rises_to(std::span<const int32_t> offsets, size_t end) {
+    return !offsets.empty() && offsets.front() == 0 && std::is_sorted(offsets.begin(), offsets.end()) &&
+           static_cast<size_t>(offsets.back()) == end;
+}
+
+bool all_below(const int32_t* values, size_t count, size_t bound) {
+    return std::all_of(values, values + count,
+                       [bound](int32_t value) { return value >= 0 && static_cast<size_t>(value) < bound; });
+}
+
+}  // namespace
+
+Decoder::Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime)
+    : kernels_(kernels), model_(model), runtime_(runtime), pool_(shared_pool(runtime.threads)) {
+    demand(model.vocab > 0 && model.hidden > 0, "vocabulary and hidden size must be positive");
+    demand(runtime.kv_blocks > 0 && runtime.max_batch_tokens > 0, "KV blocks and token rows must be positive");
+    demand(runtime.kv_type != FloatType::F16, "KV storage is bf16 or fp32");
+}
+
+size_t Decoder::add_layer(LayerConfig config) {
+    demand(config.heads > 0 && config.kv_heads > 0 && config.head_dim > 0 && config.heads % config.kv_heads == 0,
+           "attention heads cannot share these KV heads");
+    demand(2 * config.inverse_frequencies.size() <= config.head_dim, "RoPE turns more than a head has");
+    Layer layer;
+    while (layer.rope_table < rope_tables_.size() &&
+           rope_tables_[layer.rope_table].inverse_frequencies != config.inverse_frequencies)
+        ++layer.rope_table;
+    if (layer.rope_table == rope_tables_.size())
+        rope_tables_.push_back({config.inverse_frequencies, nullptr, nullptr});
+    layer.config = std::move(config);
+    layers_.push_back(std::move(layer));
+    return layers_.size() - 1;
+}
+
+Decoder::Layer& Decoder::layer_at(size_t index) {
+    if (index >= layers_.size()) refuse("there is no layer " + std::to_string(index));
+    return layers_[index];
+}
+
+Linear& Decoder::linear_at(size_t layer, LinearName name) {
+    return layer_at(layer).linears[static_cast<size_t>(name)];
+}
+
+void Decoder::set_final_norm(std::span<const float> gain) {
+    demand(gain.size() == model_.hidden, "the final norm must have one gain for each hidden dimension");
+    final_norm_.assign(gain.begin(), gain.end());
+}
+
+void Decoder::set_vector(size_t layer, VectorName name, std::span<const float> values) {
+    layer_at(layer).vectors[static_cast<size_t>(name)].assign(values.begin(), values.end());
+}
+
+void Decoder::set_linear(size_t layer, LinearName name, const uint8_t* canonical, size_t out, size_t in,
+                         std::span<const float> scales) {
+    Linear& linear = linear_at(layer, name);
+    demand(out > 0 && in > 0 && in <= LARGEST_INPUT, "a ternary matrix is empty or has too many columns");
+    demand(scales.size() == 1 || scales.size() == out, "a ternary matrix needs one scale, or one a row");
+    const size_t bytes = out * ternary_row_bytes(in);
+    linear.out = out;
+    linear.in = in;
+    linear.packed = Pages(bytes, bytes >= 2 * HUGE_PAGE);
+    linear.scales.assign(scales.begin(), scales.end());
+    auto* packed = reinterpret_cast<uint8_t*>(linear.packed.data());
+    std::atomic<bool> valid = true;
+    pool_.parallel([&](int worker, int workers) {
+        const Range rows = split(out, worker, workers);
+        if (!repack_rows(canonical, in, rows.begin, rows.end, packed)) valid = false;
+    });
+    if (!valid) throw std::domain_error("packed weights hold the bits 11, which are no ternary code");
+}
+
+void Decoder::set_linear_norm(size_t layer, LinearName name, std::span<const float> gain, float eps) {
+    Linear& linear = linear_at(layer, name);
+    linear.norm.assign(gain.begin(), gain.end());
+    linear.norm_eps = eps;
+}
+
+void Decoder::set_linear_bias(size_t layer, LinearName name, std::span<const float> bias) {
+    linear_at(layer, name).bias.assign(bias.begin(), bias.end());
+}
+
+void Decoder::check_layer(size_t index) const {
+    const Layer& layer = layers_[index];
+    const std::string place = "layer " + std::to_string(index) + ": ";
+    const size_t hidden = model_.hidden, ffn = layer.ffn_width();
+    const size_t query = layer.query_width(), kv = layer.kv_width();
+    const size_t shapes[LINEAR_COUNT][2] = {{query, hidden}, {kv, hidden},  {kv, hidden}, {hidden, query},
+                                            {ffn, hidden},   {ffn, hidden}, {hidden, ffn}};
+    for (size_t i = 0; i < LINEAR_COUNT; ++i) {
+        const Linear& linear = layer.linears[i];
+        if (linear.out == 0 || linear.out != shapes[i][0] || linear.in != shapes[i][1])
+            refuse(place + LINEAR_TEXT[i] + " is missing or has the wrong shape");
+        if (!linear.norm.empty() && linear.norm.size() != linear.in)
+            refuse(place + LINEAR_TEXT[i] + ".norm has the wrong length");
+        if (!linear.bias.empty() && linear.bias.size() != linear.out)
+            refuse(place + LINEAR_TEXT[i] + ".bias has the wrong length");
+    }
+    const size_t head = layer.config.head_dim;
+    const size_t lengths[VECTOR_COUNT] = {hidden, hidden, query, ffn, head, head, hidden, hidden};
+    for (size_t i = 0; i < VECTOR_COUNT; ++i)
+        if (!layer.vectors[i].empty() && layer.vectors[i].size() != lengths[i])
+            refuse(place + "a norm has the wrong length");
+}
+
+void Decoder::lay_out_kv() {
+    const size_t value_bytes = runtime_.kv_type == FloatType::BF16 ? 2 : 4;
+    size_t block_bytes = 0;
+    for (Layer& layer : layers_) {
+        layer.kv_offset = block_bytes;
+        layer.value_offset = align_up(KV_BLOCK_SIZE * layer.kv_width() * value_bytes);
+        block_bytes += 2 * layer.value_offset;
+    }
+    kv_.emplace(runtime_.kv_blocks, block_bytes);
+}
+
+void Decoder::prepare() {
+    demand(embedding_.data && head_.data && !final_norm_.empty(), "embedding, head or final norm is missing");
+    demand(!layers_.empty(), "a model needs at least one layer");
+    for (size_t index = 0; index < layers_.size(); ++index) check_layer(index);
+    lay_out_kv();
+    arena_.emplace(plan_scratch(nullptr));
+    plan_scratch(&*arena_);
+}
+
+size_t Decoder::weight_bytes() const {
+    size_t floats = final_norm_.size(), bytes = 0;
+    for (const Layer& layer : layers_) {
+        for (const auto& vector : layer.vectors) floats += vector.size();
+        for (const Linear& linear : layer.linears) {
+            floats += linear.scales.size() + linear.bias.size() + linear.norm.size();
+            bytes += linear.packed.bytes();
+        }
+    }
+    return bytes + floats * sizeof(float);
+}
+
+void Decoder::check(const StepInput& input) const {
+    demand(arena_.has_value(), "prepare() was not called");
+    const size_t tokens = input.token_ids.size();
+    demand(tokens > 0 && tokens <= runtime_.max_batch_tokens, "a step has no token rows, or too many");
+    demand(input.positions.size() == tokens, "positions must have one entry for each token");
+    demand(rises_to(input.run_offsets, tokens), "run_offsets must rise from 0 to the number of tokens");
+    demand(all_below(input.token_ids.data(), tokens, model_.vocab), "a token id is outside the vocabulary");
+    for (size_t run = 0; run + 1 < input.run_offsets.size(); ++run) {
+        const auto begin = static_cast<size_t>(input.run_offsets[run]);
+        const auto end = static_cast<size_t>(input.run_offsets[run + 1]);
+        demand(begin < end, "a run is empty");
+        for (size_t token = begin; token < end; ++token)
+            demand(input.positions[token] >= 0 &&
+                       static_cast<size_t>(input.positions[token] - input.positions[begin]) == token - begin,
+                   "positions of a run must be consecutive and not negative");
+        const size_t blocks = static_cast<size_t>(input.positions[end - 1]) / KV_BLOCK_SIZE + 1;
+        demand(blocks <= input.block_table_width &&
+                   all_below(input.block_tables + run * input.block_table_width, blocks, runtime_.kv_blocks),
+               "a block table does not name every block up to the last position of its run");
+    }
+}
+
+void Decoder::check_outputs(const StepInput& input, const StepOutput& output) const {
+    demand(input.output_rows.size() == input.output_kinds.size(), "output rows and kinds differ in number");
+    demand(all_below(input.output_rows.data(), input.output_rows.size(), input.token_ids.size()),
+           "an output row is no token row");
+    size_t counts[4] = {};
+    for (const uint8_t kind : input.output_kinds) {
+        demand(kind < 4, "an output kind is unknown");
+        ++counts[kind];
+    }
+    const size_t scores = counts[static_cast<size_t>(OutputKind::SCORE)];
+    demand(input.score_targets.size() == scores && input.score_top_n.size() == scores,
+           "score_targets and score_top_n must have one entry for each SCORE request");
+    demand(input.plan.count == counts[static_cast<size_t>(OutputKind::SAMPLE)],
+           "the plan must have one entry for each SAMPLE request");
+    for (size_t i = 0; i < scores; ++i) {
+        demand(input.score_targets[i] < static_cast<int64_t>(model_.vocab), "a score target is outside the vocabulary");
+        demand(input.score_top_n[i] <= static_cast<int64_t>(output.top_width), "score_top_n exceeds the output's width");
+    }
+    for (size_t i = 0; i < input.plan.count; ++i)
+        demand(input.plan.top_logprobs[i] <= static_cast<int64_t>(output.top_width),
+               "top_logprobs exceeds the output's width");
+    check_plan(input.plan);
+}
+
+void Decoder::check_plan(const SamplePlan& plan) const {
+    if (plan.count == 0) return;
+    for (size_t i = 0; i < plan.count; ++i) {
+        demand(std::isfinite(plan.temperature[i]) && plan.temperature[i] >= 0.0f,
+               "temperature must be finite and not negative");
+        demand(plan.top_k[i] >= 0, "top_k must not be negative");
+        demand(plan.top_p[i] > 0.0f && plan.top_p[i] <= 1.0f, "top_p must lie in (0, 1]");
+        demand(plan.min_p[i] >= 0.0f && plan.min_p[i] <= 1.0f, "min_p must lie in [0, 1]");
+        demand(plan.repetition_penalty[i] > 0.0f, "repetition_penalty must be positive");
+        demand(plan.mask_rows[i] < static_cast<int64_t>(plan.mask_count), "mask_rows names a row that is not there");
+    }
+    demand(rises_to({plan.seen_offsets, plan.count + 1}, plan.seen_count) &&
+               all_below(plan.seen_ids, plan.seen_count, model_.vocab),
+           "seen_offsets or seen_ids of the plan are out of bounds");
+    demand(rises_to({plan.bias_offsets, plan.count + 1}, plan.bias_count) &&
+               all_below(plan.bias_ids, plan.bias_count, model_.vocab),
+           "bias_offsets or bias_ids of the plan are out of bounds");
+    demand(plan.mask_count == 0 || plan.mask_words >= (model_.vocab + 31) / 32,
+           "a mask row must have a bit for each id of the vocabulary");
+}
+
+void Decoder::copy_blocks(const int32_t* pairs, size_t count) {
+    const std::lock_guard lock(mutex_);
+    if (!all_below(pairs, 2 * count, kv_->blocks())) throw std::out_of_range("a KV block is not there");
+    for (size_t i = 0; i < count; ++i)
+        kv_->copy(static_cast<size_t>(pairs[2 * i]), static_cast<size_t>(pairs[2 * i + 1]));
+}
+
+void Decoder::read_blocks(std::span<const int32_t> blocks, std::byte* out) {
+    const std::lock_guard lock(mutex_);
+    if (!all_below(blocks.data(), blocks.size(), kv_->blocks())) throw std::out_of_range("a KV block is not there");
+    for (size_t i = 0; i < blocks.size(); ++i)
+        std::memcpy(out + i * kv_->block_bytes(), kv_->block(static_cast<size_t>(blocks[i])), kv_->block_bytes());
+}
+
+void Decoder::write_blocks(std::span<const int32_t> blocks, const std::byte* data) {
+    const std::lock_guard lock(mutex_);
+    if (!all_below(blocks.data(), blocks.size(), kv_->blocks())) throw std::out_of_range("a KV block is not there");
+    for (size_t i = 0; i < blocks.size(); ++i)
+        std::memcpy(kv_->block(static_cast<size_t>(blocks[i])), data + i * kv_->block_bytes(), kv_->block_bytes());
+}
+
+}  // namespace bitllm

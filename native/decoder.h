@@ -1,0 +1,271 @@
+// The decoder step: embedding, all layers, head and sampling for a batch of token runs, in one call.
+//
+// Bit-identical results for any thread count, chunking of a prompt, batch composition and instruction set:
+// work is split over threads by rows, tokens and heads only, so no float reduction depends on the split;
+// attention sums over KV blocks of 32 absolute positions, merged in order of position; keys and values are
+// rounded into the cache before attention reads them. The normative text is src/bitllm/backends/reference.
+//
+// A step allocates nothing: its scratch is an arena sized by prepare().
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "memory.h"
+#include "sampling.h"
+#include "thread_pool.h"
+
+namespace bitllm {
+
+inline constexpr size_t KV_BLOCK_SIZE = 32;
+
+struct ModelConfig {
+    size_t vocab = 0;
+    size_t hidden = 0;
+    float norm_eps = 0.0f;
+    float embedding_scale = 1.0f;
+};
+
+struct RuntimeConfig {
+    size_t kv_blocks = 0;
+    FloatType kv_type = FloatType::BF16;  // BF16 or F32
+    int threads = 1;
+    size_t max_batch_tokens = 1;
+};
+
+// A [rows, columns] matrix of floats that somebody else keeps alive: a view of the mapped checkpoint.
+struct DenseMatrix {
+    const std::byte* data = nullptr;
+    FloatType type = FloatType::F32;
+};
+
+// One ternary projection, y = rescale(packed @ quantize(norm(x))) + bias. Empty vectors = not there.
+struct Linear {
+    size_t out = 0;
+    size_t in = 0;
+    Pages packed;               // out rows in the layout of kernels.h
+    std::vector<float> scales;  // 1 or `out`
+    std::vector<float> bias;    // [out]
+    std::vector<float> norm;    // [in]
+    float norm_eps = 0.0f;
+};
+
+enum class LinearName : uint8_t { Q, K, V, O, GATE, UP, DOWN };
+inline constexpr size_t LINEAR_COUNT = 7;
+
+enum class VectorName : uint8_t {
+    ATTN_NORM, FFN_NORM, ATTN_SUB_NORM, FFN_SUB_NORM, Q_NORM, K_NORM, POST_ATTN_NORM, POST_FFN_NORM
+};
+inline constexpr size_t VECTOR_COUNT = 8;
+
+struct LayerConfig {
+    size_t heads = 0;
+    size_t kv_heads = 0;
+    size_t head_dim = 0;
+    Activation activation = Activation::RELU2;
+    float norm_eps = 0.0f;
+    float query_scale = 1.0f;
+    size_t window = 0;                       // positions a token sees, itself included; 0 = all
+    std::vector<float> inverse_frequencies;  // of RoPE; turns the first 2 * size() dimensions of a head
+};
+
+// The work of one step; base.py says what each array means. Everything is borrowed.
+struct StepInput {
+    std::span<const int32_t> token_ids;
+    std::span<const int32_t> positions;
+    std::span<const int32_t> run_offsets;
+    const int32_t* block_tables = nullptr;  // [runs, block_table_width]
+    size_t block_table_width = 0;
+    std::span<const int32_t> output_rows;
+    std::span<const uint8_t> output_kinds;
+    std::span<const int32_t> score_targets;
+    std::span<const int32_t> score_top_n;
+    SamplePlan plan;
+};
+
+enum class OutputKind : uint8_t { HIDDEN = 0, LOGITS = 1, SCORE = 2, SAMPLE = 3 };
+
+// Where results go, sized and padded by the caller as base.py says.
+struct StepOutput {
+    float* hidden = nullptr;
+    float* logits = nullptr;
+    int32_t* sampled = nullptr;
+    float* logprobs = nullptr;
+    int32_t* top_ids = nullptr;
+    float* top_logprobs = nullptr;
+    size_t top_width = 0;
+};
+
+class Decoder {
+  public:
+    Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime);
+
+    // Building, in any order, before prepare(). All copy but set_embedding and set_head, and throw
+    // std::invalid_argument where sizes contradict each other.
+    size_t add_layer(LayerConfig config);
+    void set_embedding(DenseMatrix embedding) { embedding_ = embedding; }
+    void set_head(DenseMatrix head) { head_ = head; }
+    void set_final_norm(std::span<const float> gain);
+    void set_vector(size_t layer, VectorName name, std::span<const float> values);
+    // `canonical`: out rows of ceil(in / 4) bytes in the packing of checkpoint.py, turned here into that of
+    // the kernels. Throws std::domain_error for bits that are no ternary code.
+    void set_linear(size_t layer, LinearName name, const uint8_t* canonical, size_t out, size_t in,
+                    std::span<const float> scales);
+    void set_linear_norm(size_t layer, LinearName name, std::span<const float> gain, float eps);
+    void set_linear_bias(size_t layer, LinearName name, std::span<const float> bias);
+
+    // Checks that the model is whole and takes scratch and KV storage. Throws std::invalid_argument,
+    // std::bad_alloc.
+    void prepare();
+
+    // One step. Steps of several threads queue. Throws std::invalid_argument for a batch that contradicts
+    // itself or the model; then nothing was written.
+    void forward(const StepInput& input, const StepOutput& output);
+
+    size_t kv_blocks() const { return runtime_.kv_blocks; }
+    size_t kv_block_bytes() const { return kv_ ? kv_->block_bytes() : 0; }
+    size_t kv_bytes() const { return kv_ ? kv_->bytes() : 0; }
+    size_t scratch_bytes() const { return arena_ ? arena_->capacity() : 0; }
+    // Bytes of packed matrices and of vectors; embedding and head are not counted.
+    size_t weight_bytes() const;
+
+    // pairs: `count` times (source, destination). All three throw std::out_of_range for unknown blocks.
+    void copy_blocks(const int32_t* pairs, size_t count);
+    void read_blocks(std::span<const int32_t> blocks, std::byte* out);
+    void write_blocks(std::span<const int32_t> blocks, const std::byte* data);
+
+  private:
+    struct Layer {
+        LayerConfig config;
+        size_t rope_table = 0;       // index of its cosines and sines
+        size_t kv_offset = 0;        // of its keys in a block, bytes
+        size_t value_offset = 0;     // of its values behind its keys, bytes
+        std::array<Linear, LINEAR_COUNT> linears;
+        std::array<std::vector<float>, VECTOR_COUNT> vectors;
+
+        const Linear& linear(LinearName name) const { return linears[static_cast<size_t>(name)]; }
+        const float* vector(VectorName name) const {
+            const auto& values = vectors[static_cast<size_t>(name)];
+            return values.empty() ? nullptr : values.data();
+        }
+        size_t query_width() const { return config.heads * config.head_dim; }
+        size_t kv_width() const { return config.kv_heads * config.head_dim; }
+        size_t ffn_width() const { return linear(LinearName::DOWN).in; }
+    };
+    // Quantised inputs of linears, one vector a token.
+    struct Quantized {
+        int8_t* values = nullptr;  // [tokens][padded columns]
+        float* scales = nullptr;   // [tokens], the a of kernels.h
+        int32_t* sums = nullptr;   // [tokens]
+    };
+    struct RopeTable {
+        std::vector<float> inverse_frequencies;
+        float* cosines;  // [tokens][size of inverse_frequencies]
+        float* sines;
+    };
+    // Consecutive tokens of one run that go through attention together.
+    struct Tile {
+        uint32_t first;
+        uint32_t count;
+    };
+    // A query and the keys and values it sees of one KV block.
+    struct Scored {
+        const float* query;
+        const std::byte* keys;
+        const std::byte* values;
+        size_t count;
+    };
+    // An output request: its kind, its index among those of its kind, and where its logits are.
+    struct Request {
+        OutputKind kind;
+        size_t index;
+        float* logits;
+    };
+    // What a worker needs for itself.
+    struct Workspace {
+        float* row;             // [widest input]
+        float* normed;          // [widest input]
+        int32_t* accumulators;  // of one tile of a product
+        float* tile_sums;       // [TILE_QUERIES][head_dim]
+        float* tile_highest;    // [TILE_QUERIES]
+        float* tile_totals;     // [TILE_QUERIES]
+        float* block_sums;      // [head_dim]
+        Request* requests;      // [logit_rows_]
+        std::optional<Sampler> sampler;
+    };
+
+    Layer& layer_at(size_t index);
+    Linear& linear_at(size_t layer, LinearName name);
+    void check_layer(size_t index) const;
+    void lay_out_kv();
+    size_t plan_scratch(Arena* arena);
+
+    void check(const StepInput& input) const;
+    void check_outputs(const StepInput& input, const StepOutput& output) const;
+    void check_plan(const SamplePlan& plan) const;
+
+    void run_step(int worker);
+    void attention_block(const Layer& layer, int worker, Workspace& own);
+    void ffn_block(const Layer& layer, int worker, Workspace& own);
+    void finish(int worker, Workspace& own);
+
+    void embed(size_t token);
+    void compute_rope(size_t token);
+    void add_to_residual(size_t token, const float* post_norm, float eps);
+    void quantize_inputs(const Layer& layer, std::span<const LinearName> names, size_t token, const float* x,
+                         const float* norm, Workspace& own);
+    void multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride, Workspace& own);
+    void multiply_all(const Layer& layer, LinearName name, float* out, int worker, Workspace& own);
+    void project(const Layer& layer, int worker, Workspace& own);
+    void expand(const Layer& layer, int worker, Workspace& own);
+
+    void turn_and_store(const Layer& layer, int worker);
+    void turn(const Layer& layer, size_t token, float* head) const;
+    std::byte* kv_rows(const Layer& layer, size_t run, size_t position, size_t kv_head) const;
+    void attend(const Layer& layer, int worker, Workspace& own);
+    void attend_tile(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
+    void attend_heads(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
+    void merge_block(const LayerConfig& config, const Scored& block, size_t state, Workspace& own) const;
+
+    void head_rows(const Request* requests, size_t count, Range rows);
+    void finish_request(const Request& request, const float* hidden, Workspace& own);
+
+    const Kernels& kernels_;
+    const ModelConfig model_;
+    const RuntimeConfig runtime_;
+    ThreadPool& pool_;
+    std::mutex mutex_;
+
+    DenseMatrix embedding_, head_;
+    std::vector<float> final_norm_;
+    std::vector<Layer> layers_;
+    std::vector<RopeTable> rope_tables_;
+    std::optional<BlockStorage> kv_;
+    std::optional<Arena> arena_;
+
+    // Scratch, taken from arena_ by plan_scratch(); `tokens` is max_batch_tokens.
+    size_t logit_rows_ = 0;
+    float* residual_ = nullptr;             // [tokens][hidden]
+    float* block_out_ = nullptr;            // [tokens][hidden]: what o and down give
+    float* work_ = nullptr;                 // [tokens]: q, k, v of a token side by side, or its gate and up
+    std::array<Quantized, 4> quantized_{};  // what linears share, then own inputs of up to three of them
+    uint32_t* run_of_token_ = nullptr;      // [tokens]
+    Tile* tiles_ = nullptr;                 // [tokens]
+    float* final_rows_ = nullptr;           // [logit_rows_][hidden]
+    float* logits_ = nullptr;               // [logit_rows_][vocab]
+    std::vector<Workspace> workspaces_;     // one for each worker
+
+    // The step under way.
+    const StepInput* input_ = nullptr;
+    const StepOutput* result_ = nullptr;
+    size_t tokens_ = 0;
+    size_t tile_count_ = 0;
+};
+
+}  // namespace bitllm

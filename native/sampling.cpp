@@ -1,0 +1,262 @@
+#include "sampling.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+namespace bitllm {
+namespace {
+
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+constexpr double LN2 = 0.6931471805599453;
+constexpr size_t RADIX_BITS = 11;
+constexpr size_t RADIX_PASSES = 3;  // 33 bits cover the 32 of a logit
+constexpr size_t RADIX_BUCKETS = size_t{1} << RADIX_BITS;
+
+// Highest value; NaN is passed over. In lanes, so that the loop becomes maxima of whole registers.
+float highest_of(const float* values, size_t n) {
+    float lanes[LANES];
+    std::fill_n(lanes, LANES, LOWEST);
+    const size_t whole = n - n % LANES;
+    for (size_t i = 0; i < whole; i += LANES)
+        for (size_t lane = 0; lane < LANES; ++lane)
+            lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
+    for (size_t i = whole; i < n; ++i) lanes[0] = values[i] > lanes[0] ? values[i] : lanes[0];
+    return *std::max_element(lanes, lanes + LANES);
+}
+
+// Lowest id of the highest logit, -1 if no logit is above -infinity.
+int32_t first_highest(const float* logits, size_t n) {
+    const float highest = highest_of(logits, n);
+    if (!(highest > LOWEST)) return -1;
+    return static_cast<int32_t>(std::find(logits, logits + n, highest) - logits);
+}
+
+// The order of all lists: higher logit first, then lower id.
+struct MoreLikely {
+    const float* logits;
+    bool operator()(int32_t a, int32_t b) const {
+        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    }
+};
+
+// The `count` most likely ids of `vocab`, most likely first, into `ids`; fewer if fewer are above -infinity.
+size_t select_top(const float* logits, size_t vocab, size_t count, int32_t* ids) {
+    const MoreLikely order{logits};
+    size_t size = 0;
+    for (size_t i = 0; i < vocab && count > 0; ++i) {
+        if (size < count) {
+            if (!(logits[i] > LOWEST)) continue;
+            ids[size++] = static_cast<int32_t>(i);
+            std::push_heap(ids, ids + size, order);  // the least likely one is on top
+        } else if (logits[i] > logits[ids[0]]) {
+            std::pop_heap(ids, ids + size, order);
+            ids[size - 1] = static_cast<int32_t>(i);
+            std::push_heap(ids, ids + size, order);
+        }
+    }
+    std::sort_heap(ids, ids + size, order);
+    return size;
+}
+
+// Bits that sort as unsigned integers from the highest logit to the lowest; -0 sorts as 0.
+uint32_t descending_key(float logit) {
+    const auto bits = std::bit_cast<uint32_t>(logit + 0.0f);
+    return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
+}
+
+// Upper bound of gumbel_of_word: with u the uniform, -log(-log u) <= -log(1 - u), and 1 - u is at least
+// 2^-(leading ones + 1). The small term covers the rounding of log_f64.
+double gumbel_bound(uint32_t word) { return (std::countl_one(word) + 1) * LN2 + 1e-9; }
+
+}  // namespace
+
+// The Gumbel argmax over ids, which skips the exact noise of every id whose bound shows that it cannot win.
+struct Sampler::Draw {
+    const float* logits;
+    double temperature;
+    UniformStream uniforms;
+    double inverse;        // about 1 / temperature: for bounds only
+    double slack;          // more than the error of a bound
+    double best = -std::numeric_limits<double>::infinity();
+    int32_t best_id = -1;
+
+    Draw(const SamplePlan& plan, size_t entry, const float* row, float highest)
+        : logits(row),
+          temperature(plan.temperature[entry]),
+          uniforms{plan.seed[entry], static_cast<uint32_t>(plan.choice[entry]),
+                   static_cast<uint32_t>(plan.position[entry])},
+          inverse(1.0 / temperature),
+          slack(1e-12 * (std::fabs(highest * inverse) + 64.0)) {}
+
+    // Whether an id with this logit may win with a noise of at most `noise`. A lower logit has a larger error,
+    // in proportion to itself, but then its distance to the highest has grown by far more.
+    bool may_win(float logit, double noise) const { return logit * inverse + noise + slack >= best; }
+
+    void offer(int32_t id, uint32_t word) {
+        if (!may_win(logits[id], gumbel_bound(word))) return;
+        const double value = static_cast<double>(logits[id]) / temperature + gumbel_of_word(word);
+        if (value > best || (value == best && id < best_id)) {
+            best = value;
+            best_id = id;
+        }
+    }
+
+    void offer(int32_t id) {
+        const auto bits = static_cast<uint32_t>(id);
+        offer(id, uniforms.words(bits / 4).word[bits % 4]);
+    }
+};
+
+size_t Sampler::scratch_bytes(size_t vocab) {
+    return 2 * Arena::bytes_for<float>(vocab) + Arena::bytes_for<int32_t>(vocab) +
+           Arena::bytes_for<uint64_t>(2 * vocab);
+}
+
+Sampler::Sampler(const Kernels& kernels, size_t vocab, Arena& arena)
+    : kernels_(kernels),
+      vocab_(vocab),
+      adjusted_(arena.take<float>(vocab)),
+      probabilities_(arena.take<float>(vocab)),
+      kept_(arena.take<int32_t>(vocab)),
+      keys_(arena.take<uint64_t>(2 * vocab)) {}
+
+int32_t Sampler::draw(const SamplePlan& plan, size_t entry, const float* logits) {
+    const float* row = adjust(plan, entry, logits);
+    const float temperature = plan.temperature[entry];
+    const int32_t likeliest = first_highest(row, vocab_);
+    if (temperature == 0.0f || likeliest < 0) return likeliest;
+
+    Draw draw(plan, entry, row, row[likeliest]);
+    draw.offer(likeliest);
+    const auto top_k = static_cast<size_t>(plan.top_k[entry]);
+    const float top_p = plan.top_p[entry], min_p = plan.min_p[entry];
+    const bool limited = top_k > 0 && top_k < vocab_;
+    if (limited || top_p < 1.0f) {
+        size_t count = limited ? select_top(row, vocab_, top_k, kept_) : sort_all(row);
+        if (top_p < 1.0f || min_p > 0.0f) count = cut(row, count, temperature, top_p, min_p);
+        draw_of_kept(draw, count);
+    } else if (min_p > 0.0f) {
+        draw_of_kept(draw, keep_likely(row, row[likeliest], temperature, min_p));
+    } else {
+        draw_of_all(draw);
+    }
+    return draw.best_id;
+}
+
+// Returns `logits` themselves where the entry changes nothing.
+const float* Sampler::adjust(const SamplePlan& plan, size_t entry, const float* logits) {
+    const int32_t bias_begin = plan.bias_offsets[entry], bias_end = plan.bias_offsets[entry + 1];
+    const int32_t seen_begin = plan.seen_offsets[entry], seen_end = plan.seen_offsets[entry + 1];
+    const float repetition = plan.repetition_penalty[entry], frequency = plan.frequency_penalty[entry];
+    const float presence = plan.presence_penalty[entry];
+    const bool penalised =
+        seen_begin < seen_end && (repetition != 1.0f || frequency != 0.0f || presence != 0.0f);
+    const int32_t mask_row = plan.mask_rows[entry];
+    if (bias_begin == bias_end && !penalised && mask_row < 0) return logits;
+
+    std::memcpy(adjusted_, logits, vocab_ * sizeof(float));
+    for (int32_t i = bias_begin; i < bias_end; ++i) adjusted_[plan.bias_ids[i]] += plan.bias_values[i];
+    for (int32_t i = seen_begin; penalised && i < seen_end; ++i) {
+        float& logit = adjusted_[plan.seen_ids[i]];
+        logit = logit > 0.0f ? logit / repetition : logit * repetition;
+        logit = logit - frequency * static_cast<float>(plan.seen_counts[i]);
+        if (plan.seen_counts[i] > 0) logit = logit - presence;
+    }
+    if (mask_row >= 0) {
+        const uint32_t* words = plan.mask + static_cast<size_t>(mask_row) * plan.mask_words;
+        for (size_t id = 0; id < vocab_; ++id)
+            if (!((words[id / 32] >> (id % 32)) & 1u)) adjusted_[id] = LOWEST;
+    }
+    return adjusted_;
+}
+
+// All ids above -infinity in order into kept_: a stable radix sort of (key of the logit, id).
+size_t Sampler::sort_all(const float* logits) {
+    uint32_t histogram[RADIX_PASSES][RADIX_BUCKETS] = {};
+    uint64_t* from = keys_;
+    uint64_t* to = keys_ + vocab_;
+    size_t count = 0;
+    for (size_t id = 0; id < vocab_; ++id) {
+        if (!(logits[id] > LOWEST)) continue;
+        const uint32_t key = descending_key(logits[id]);
+        for (size_t pass = 0; pass < RADIX_PASSES; ++pass)
+            ++histogram[pass][(key >> (pass * RADIX_BITS)) % RADIX_BUCKETS];
+        from[count++] = uint64_t{key} << 32 | id;
+    }
+    for (size_t pass = 0; pass < RADIX_PASSES; ++pass) {
+        uint32_t start = 0;
+        for (uint32_t& bucket : histogram[pass]) start += std::exchange(bucket, start);
+        for (size_t i = 0; i < count; ++i)
+            to[histogram[pass][(from[i] >> (32 + pass * RADIX_BITS)) % RADIX_BUCKETS]++] = from[i];
+        std::swap(from, to);
+    }
+    for (size_t i = 0; i < count; ++i) kept_[i] = static_cast<int32_t>(from[i] & 0xFFFFFFFFu);
+    return count;
+}
+
+// Top-p, then min-p, over the ordered kept_[0 .. count); returns how many are left.
+size_t Sampler::cut(const float* logits, size_t count, float temperature, float top_p, float min_p) {
+    for (size_t i = 0; i < count; ++i) probabilities_[i] = logits[kept_[i]] / temperature;
+    kernels_.exp_shifted(probabilities_, count, probabilities_[0]);
+    if (top_p < 1.0f) {
+        double total = 0.0, cumulative = 0.0;
+        for (size_t i = 0; i < count; ++i) total += probabilities_[i];
+        const double wanted = static_cast<double>(top_p) * total;
+        size_t prefix = 0;
+        while (prefix < count && cumulative < wanted) cumulative += probabilities_[prefix++];
+        count = std::max<size_t>(prefix, 1);
+    }
+    size_t left = 0;
+    for (size_t i = 0; i < count; ++i)
+        if (probabilities_[i] >= min_p) kept_[left++] = kept_[i];
+    return left;
+}
+
+// min-p alone needs no order.
+size_t Sampler::keep_likely(const float* logits, float highest, float temperature, float min_p) {
+    for (size_t id = 0; id < vocab_; ++id) probabilities_[id] = logits[id] / temperature;
+    kernels_.exp_shifted(probabilities_, vocab_, highest / temperature);
+    size_t left = 0;
+    for (size_t id = 0; id < vocab_; ++id)
+        if (probabilities_[id] >= min_p) kept_[left++] = static_cast<int32_t>(id);
+    return left;
+}
+
+void Sampler::draw_of_all(Draw& draw) const {
+    const double largest_noise = gumbel_bound(0xFFFFFFFFu);
+    for (size_t first = 0; first < vocab_; first += 4) {
+        const size_t count = std::min<size_t>(4, vocab_ - first);
+        const float* logits = draw.logits + first;
+        if (!draw.may_win(*std::max_element(logits, logits + count), largest_noise)) continue;
+        const Philox words = draw.uniforms.words(static_cast<uint32_t>(first / 4));
+        for (size_t i = 0; i < count; ++i) draw.offer(static_cast<int32_t>(first + i), words.word[i]);
+    }
+}
+
+void Sampler::draw_of_kept(Draw& draw, size_t count) const {
+    const double largest_noise = gumbel_bound(0xFFFFFFFFu);
+    for (size_t i = 0; i < count; ++i)
+        if (draw.may_win(draw.logits[kept_[i]], largest_noise)) draw.offer(kept_[i]);
+}
+
+void Sampler::score(const float* logits, int32_t target, size_t top_n, const ScoreOutput& out) {
+    const float highest = highest_of(logits, vocab_);
+    std::memcpy(probabilities_, logits, vocab_ * sizeof(float));
+    kernels_.exp_shifted(probabilities_, vocab_, highest);
+    const double log_total = log_f64(static_cast<double>(lane_sum(probabilities_, vocab_)));
+    const auto logprob = [&](int32_t id) {
+        return static_cast<float>((static_cast<double>(logits[id]) - static_cast<double>(highest)) - log_total);
+    };
+    *out.logprob = target < 0 ? std::numeric_limits<float>::quiet_NaN() : logprob(target);
+    const size_t found = select_top(logits, vocab_, std::min(top_n, vocab_), kept_);
+    for (size_t i = 0; i < found; ++i) {
+        out.top_ids[i] = kept_[i];
+        out.top_logprobs[i] = logprob(kept_[i]);
+    }
+}
+
+}  // namespace bitllm
