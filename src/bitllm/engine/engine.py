@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitllm.backends.base import Decoder, StepOutput
+from bitllm.backends.base import KV_BLOCK_SIZE, Decoder, StepOutput
 from bitllm.engine.batch import build_batch
 from bitllm.engine.blocks import BlockPool
 from bitllm.engine.outputs import Chunk, TokenLogprob
@@ -17,7 +17,7 @@ from bitllm.engine.request import Request
 from bitllm.engine.scheduler import Run, Scheduler
 from bitllm.engine.sequence import Sequence
 from bitllm.engine.text import Detokenizer
-from bitllm.errors import ConfigError
+from bitllm.errors import ConfigError, ContextOverflowError
 
 __all__ = ["Engine"]
 
@@ -64,7 +64,20 @@ class Engine:
         return self._closed
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request; whoever adds it must `abort` it in the end, finished or not."""
+        """Queue a request; whoever adds it must `abort` it in the end, finished or not.
+
+        Raises:
+            ConfigError: the engine is closed.
+            ContextOverflowError: the request needs more KV blocks than there are.
+        """
+        # The last token is drawn, but never computed.
+        longest = len(request.prompt_ids) + request.max_tokens - 1
+        if Sequence.blocks_for(longest) > self._pool.capacity:
+            raise ContextOverflowError(
+                f"prompt and max_tokens need {longest} positions of KV cache, "
+                f"but it holds {self._pool.capacity * KV_BLOCK_SIZE}",
+                hint="lower max_tokens, or load the model with more kv_tokens",
+            )
         sequence = Sequence(request, self._make_detokenizer())
         with self._lock:
             self._check_open()

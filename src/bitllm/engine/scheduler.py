@@ -27,9 +27,9 @@ class Run:
 class Scheduler:
     """First come, first served, in steps of at most `max_batch_tokens` token rows.
 
-    A step holds the next token of every sequence that decodes, then pieces of the prompts still
-    to be read, oldest first. Blocks are taken when a run needs them; when there are none left, the
-    youngest sequence gives all of its back and is computed again later.
+    A step holds the next token of every sequence that decodes, then the prompts still to be read,
+    the last of them cut to the rows that are left. Blocks are taken when a run needs them; when
+    there are none left, the youngest sequence gives all of its back and is computed again later.
 
     Args:
         pool: the KV blocks.
@@ -68,42 +68,37 @@ class Scheduler:
 
     def schedule(self) -> list[Run]:
         """Return the runs of the next step, with blocks for all of their tokens; empty if idle."""
+        runs: list[Run] = []
         budget = self._max_batch_tokens
-        lengths: dict[Sequence, int] = {}
-        for sequence in sorted(self._running, key=lambda each: each.pending > 1):
+        while len(runs) < len(self._running) and budget > 0:
+            sequence = self._running[len(runs)]
             length = min(sequence.pending, budget)
-            if length == 0 or sequence not in self._running:
-                continue
             needed = sequence.blocks_for(sequence.computed + length) - len(sequence.block_ids)
             while needed > self._pool.available and self._running[-1] is not sequence:
-                budget += lengths.pop(self._preempt_youngest(), 0)
-            if needed <= self._pool.available:
-                self._take(sequence, needed)
-                lengths[sequence] = length
-                budget -= length
+                self._preempt_youngest()
+            if needed > self._pool.available:
+                return runs  # the youngest itself waits, and nobody overtakes it
+            self._take(sequence, needed)
+            runs.append(Run(sequence, length))
+            budget -= length
         while self._waiting and budget > 0 and self._fits(self._waiting[0]):
             sequence = self._waiting.popleft()
             self._running.append(sequence)
-            lengths[sequence] = min(sequence.pending, budget)
-            self._take(sequence, sequence.blocks_for(lengths[sequence]))
-            budget -= lengths[sequence]
-        return [Run(sequence, length) for sequence, length in lengths.items()]
+            length = min(sequence.pending, budget)
+            self._take(sequence, sequence.blocks_for(length))
+            runs.append(Run(sequence, length))
+            budget -= length
+        return runs
 
     def _fits(self, sequence: Sequence) -> bool:
-        # All of its tokens, not just the first piece: else it would soon be sent back again. Blocks
-        # that running sequences still need for their prompts are theirs first.
-        promised = sum(
-            max(0, each.blocks_for(len(each.token_ids)) - len(each.block_ids))
-            for each in self._running
-        )
-        return sequence.blocks_for(len(sequence.token_ids)) + promised <= self._pool.available
+        # All of its tokens, not just the first piece: else it would soon be sent back again.
+        return sequence.blocks_for(len(sequence.token_ids)) <= self._pool.available
 
     def _take(self, sequence: Sequence, blocks: int) -> None:
         for _ in range(blocks):
             sequence.add_block(self._pool.allocate())
 
-    def _preempt_youngest(self) -> Sequence:
+    def _preempt_youngest(self) -> None:
         victim = self._running.pop()
         self._pool.release(victim.drop_blocks())
         self._waiting.appendleft(victim)
-        return victim
