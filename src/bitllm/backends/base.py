@@ -378,9 +378,8 @@ def _check_plan(plan: SamplePlan, vocab_size: int) -> None:
     for name in _ENTRY_FIELDS:
         if len(getattr(plan, name)) != count:
             raise ConfigError(f"plan.{name} has {len(getattr(plan, name))} entries, not {count}")
-    # Below 1e-5, logits divided by the temperature could leave the range of float32.
     fits = {
-        "temperature": (plan.temperature == 0) | (plan.temperature >= 1e-5),
+        "temperature": (plan.temperature >= 0) & np.isfinite(plan.temperature),
         "top_k": plan.top_k >= 0,
         "top_p": (plan.top_p > 0) & (plan.top_p <= 1),
         "min_p": (plan.min_p >= 0) & (plan.min_p <= 1),

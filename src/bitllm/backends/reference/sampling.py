@@ -71,15 +71,19 @@ def kept_ids(plan: SamplePlan, entry: int, adjusted: F32) -> I32:
     ids = _most_likely(adjusted)
     if 0 < plan.top_k[entry] < len(adjusted):
         ids = ids[: plan.top_k[entry]]
-    scaled = adjusted[ids] / plan.temperature[entry]
-    probabilities = exp_f32(scaled - scaled[0])
+    with np.errstate(over="ignore", invalid="ignore"):  # a tiny temperature leaves only the first
+        scaled = adjusted[ids] / plan.temperature[entry]
+        probabilities = exp_f32(scaled - scaled[0])
     if plan.top_p[entry] < 1:
         cumulative = np.cumsum(probabilities, dtype=np.float64)
         wanted = np.float64(plan.top_p[entry]) * cumulative[-1]
         count = 1 + int((cumulative < wanted).sum())
         ids, probabilities = ids[:count], probabilities[:count]
-    kept: I32 = ids[probabilities >= plan.min_p[entry]]
-    return kept
+    if plan.min_p[entry] > 0:
+        likely = probabilities >= plan.min_p[entry]
+        likely[0] = True
+        ids = ids[likely]
+    return ids
 
 
 def score_row(logits: F32, target: int, top_n: int) -> tuple[np.float32, I32, F32]:
