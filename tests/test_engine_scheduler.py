@@ -65,15 +65,15 @@ def test_a_prompt_waits_until_all_of_it_fits() -> None:
 
 
 def test_nobody_overtakes_one_that_waits_for_blocks() -> None:
-    """`long` was let in when all of it fitted, then `old` grew into its last block."""
-    old, long, short = sequence(64), sequence(63), sequence(5)
-    scheduler, pool = make(4, 65, old, long, short)
+    """`long` was let in when all of it fitted, then `old` grew into one of its blocks."""
+    old, long, short = sequence(64), sequence(96), sequence(5)
+    scheduler, pool = make(5, 65, old, long, short)
     assert step(scheduler) == [(old, 64), (long, 1)]
-    assert pool.available == 1
     assert step(scheduler) == [(old, 1)]
-    assert pool.available == 0
+    assert pool.available == 1  # enough for `short`, but `long` came before
     scheduler.remove(old)
-    assert step(scheduler) == [(long, 62), (short, 3)]
+    assert step(scheduler) == [(long, 65)]
+    assert step(scheduler) == [(long, 30), (short, 5)]
 
 
 def test_the_youngest_gives_way_and_comes_back_first() -> None:

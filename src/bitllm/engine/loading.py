@@ -7,10 +7,11 @@ from typing import TypedDict, Unpack
 
 from bitllm.backends import get_backend
 from bitllm.backends.base import LoadOptions
-from bitllm.config import EngineOptions, KvDtype
+from bitllm.config import EngineOptions, KvDtype, SamplingParams
 from bitllm.engine.llm import LLM
 from bitllm.engine.memory_plan import plan_memory
 from bitllm.engine.request import ModelDefaults
+from bitllm.errors import ConfigError, FormatError
 from bitllm.formats import (
     GenerationDefaults,
     open_checkpoint,
@@ -100,23 +101,28 @@ def model_defaults(suggested: GenerationDefaults, stop_ids: frozenset[int]) -> M
     Args:
         suggested: its generation_config.json.
         stop_ids: what its tokenizer and config call the end.
+
+    Raises:
+        FormatError: the file holds a value out of range.
     """
-    neutral = ModelDefaults()
     temperature = suggested.temperature
-    if suggested.do_sample is False:
-        temperature = 0.0
-    elif temperature is None:
+    if temperature is None:
         temperature = 1.0 if suggested.do_sample else 0.0
-    return ModelDefaults(
-        temperature=temperature,
-        top_k=neutral.top_k if suggested.top_k is None else suggested.top_k,
-        top_p=neutral.top_p if suggested.top_p is None else suggested.top_p,
-        min_p=neutral.min_p if suggested.min_p is None else suggested.min_p,
-        repetition_penalty=(
-            neutral.repetition_penalty
-            if suggested.repetition_penalty is None
-            else suggested.repetition_penalty
-        ),
-        max_tokens=suggested.max_new_tokens,
-        stop_ids=stop_ids.union(suggested.eos_token_ids),
-    )
+    if suggested.do_sample is False or temperature < 0.001:
+        temperature = 0.0
+    given = {
+        "temperature": temperature,
+        "top_k": None if suggested.top_k is None else max(0, suggested.top_k),  # some write -1
+        "top_p": suggested.top_p,
+        "min_p": suggested.min_p,
+        "repetition_penalty": suggested.repetition_penalty,
+        "max_tokens": suggested.max_new_tokens,
+    }
+    try:
+        SamplingParams(**given)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise FormatError(
+            f"generation_config.json: {error.message}", hint="correct the file, or remove it"
+        ) from error
+    known = {name: value for name, value in given.items() if value is not None}
+    return ModelDefaults(**known, stop_ids=stop_ids.union(suggested.eos_token_ids))  # type: ignore[arg-type]

@@ -115,8 +115,8 @@ def resolve_request(
     if params.logprobs is not None and params.logprobs > vocab_size:
         raise ConfigError(f"logprobs is {params.logprobs}, but there are only {vocab_size} tokens")
     temperature = _or(params.temperature, defaults.temperature)
-    own_stops = frozenset() if params.ignore_eos else defaults.stop_ids
-    stop_ids = own_stops.union(params.stop_token_ids)
+    own_stops = () if params.ignore_eos else (i for i in defaults.stop_ids if i < vocab_size)
+    stop_ids = frozenset(params.stop_token_ids).union(own_stops)
     return Request(
         prompt_ids=tuple(prompt_ids),
         max_tokens=_fit(len(prompt_ids), params, defaults, context, fill_context),
@@ -138,14 +138,14 @@ def resolve_request(
 
 
 def describe_defaults(defaults: ModelDefaults) -> str:
-    """Return the defaults that are not neutral as "temperature=0.6, top_p=0.9"."""
+    """Return the defaults that are not neutral as "temperature=0.6, top_p=0.9, stop_ids=[2]"."""
     neutral = ModelDefaults()
     parts = [f"temperature={defaults.temperature:g}"]
     for item in dataclasses.fields(defaults):
         value = getattr(defaults, item.name)
         if item.name not in ("temperature", "stop_ids") and value != getattr(neutral, item.name):
             parts.append(f"{item.name}={value:g}")
-    return ", ".join(parts)
+    return ", ".join([*parts, f"stop_ids={sorted(defaults.stop_ids)}"])
 
 
 def _or(value: _Value | None, default: _Value) -> _Value:
