@@ -210,6 +210,7 @@ size_t Sampler::cut(const float* logits, size_t count, float temperature, float 
         while (prefix < count && cumulative < wanted) cumulative += probabilities_[prefix++];
         count = std::max<size_t>(prefix, 1);
     }
+    if (min_p == 0.0f) return count;
     size_t left = 0;
     for (size_t i = 0; i < count; ++i)
         if (probabilities_[i] >= min_p) kept_[left++] = kept_[i];

@@ -1,0 +1,161 @@
+"""A loaded model: arrays of the seam in, one native call, arrays of the seam out."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import numpy.typing as npt
+
+from bitllm import _native
+from bitllm.backends.base import (
+    Batch,
+    DecoderInfo,
+    LoadOptions,
+    OutputKind,
+    SamplePlan,
+    StepOutput,
+    check_batch,
+)
+from bitllm.checkpoint import ModelSpec
+from bitllm.errors import ConfigError
+
+__all__ = ["CpuDecoder"]
+
+I32 = npt.NDArray[np.int32]
+
+_PLAN_FIELDS = tuple(field.name for field in fields(SamplePlan))
+
+
+class CpuDecoder:
+    """The native decoder behind the seam; see `bitllm.backends.base.Decoder`.
+
+    Safe to call from several threads: their steps queue. The GIL is released during a step.
+    """
+
+    spec: ModelSpec
+    info: DecoderInfo
+
+    def __init__(
+        self,
+        native: _native.Decoder,
+        spec: ModelSpec,
+        options: LoadOptions,
+        kernel: str,
+        threads: int,
+        dense_bytes: int,
+    ) -> None:
+        self.spec = spec
+        self._native: _native.Decoder | None = native
+        self._max_batch_tokens = options.max_batch_tokens
+        self._kv_capacity = native.kv_blocks
+        self.info = DecoderInfo(
+            backend="cpu",
+            kernel=kernel,
+            threads=threads,
+            weight_bytes=native.weight_bytes + dense_bytes,
+            kv_bytes=native.kv_bytes,
+            scratch_bytes=native.scratch_bytes,
+        )
+
+    @property
+    def kv_capacity(self) -> int:
+        """Number of KV blocks."""
+        return self._kv_capacity
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Compute one step; see `bitllm.backends.base.Decoder.forward`."""
+        native = self._open()
+        check_batch(batch, self.spec, self._kv_capacity, self._max_batch_tokens)
+        output = _empty_output(batch, self.spec)
+        plan = batch.plan
+        try:
+            native.forward(
+                batch.token_ids,
+                batch.positions,
+                batch.run_offsets,
+                np.ascontiguousarray(batch.block_tables),
+                batch.output_rows,
+                batch.output_kinds,
+                batch.score_targets,
+                batch.score_top_n,
+                *(getattr(plan, name) for name in _PLAN_FIELDS),
+                output.hidden,
+                output.logits,
+                output.sampled,
+                output.logprobs,
+                output.top_ids,
+                output.top_logprobs,
+            )
+        except TypeError as error:
+            raise ConfigError(
+                f"an array of the batch has the wrong dtype or is not contiguous: {_arrays(batch)}",
+                hint="dtypes are those that Batch and SamplePlan document",
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"the batch cannot be computed: {error}") from error
+        return output
+
+    def copy_blocks(self, pairs: I32) -> None:
+        """Copy KV blocks, int32 [n, 2] of (source, destination), in order."""
+        native = self._open()
+        self._check_blocks(pairs)
+        native.copy_blocks(np.ascontiguousarray(pairs, np.int32).reshape(-1, 2))
+
+    def read_blocks(self, blocks: I32) -> npt.NDArray[np.uint8]:
+        """Return the stored bytes of some KV blocks, uint8 [n, bytes per block]."""
+        native = self._open()
+        self._check_blocks(blocks)
+        data = np.empty((len(blocks), native.kv_block_bytes), np.uint8)
+        native.read_blocks(np.ascontiguousarray(blocks, np.int32), data)
+        return data
+
+    def write_blocks(self, blocks: I32, data: npt.NDArray[np.uint8]) -> None:
+        """Store bytes that `read_blocks` returned into these KV blocks."""
+        native = self._open()
+        self._check_blocks(blocks)
+        wanted = (len(blocks), native.kv_block_bytes)
+        if data.dtype != np.uint8 or data.shape != wanted:
+            raise ConfigError(
+                f"{len(blocks)} KV blocks need uint8 {list(wanted)}, got {data.dtype} {data.shape}"
+            )
+        native.write_blocks(np.ascontiguousarray(blocks, np.int32), np.ascontiguousarray(data))
+
+    def close(self) -> None:
+        """Free weights and KV storage, after a step that is under way; no use afterwards."""
+        self._native = None
+
+    def _open(self) -> _native.Decoder:
+        native = self._native
+        if native is None:
+            raise ConfigError("this decoder is closed", hint="load the model again")
+        return native
+
+    def _check_blocks(self, blocks: I32) -> None:
+        if blocks.size and (blocks.min() < 0 or blocks.max() >= self._kv_capacity):
+            raise ConfigError(
+                f"KV blocks are 0 .. {self._kv_capacity - 1}, got {blocks.min()} .. {blocks.max()}"
+            )
+
+
+def _empty_output(batch: Batch, spec: ModelSpec) -> StepOutput:
+    counts = np.bincount(batch.output_kinds, minlength=len(OutputKind)).tolist()
+    samples = counts[OutputKind.SAMPLE]
+    scored = samples + counts[OutputKind.SCORE]
+    width = max(batch.plan.top_logprobs.max(initial=0), batch.score_top_n.max(initial=0))
+    return StepOutput(
+        hidden=np.empty((counts[OutputKind.HIDDEN], spec.hidden_size), np.float32),
+        logits=np.empty((counts[OutputKind.LOGITS], spec.vocab_size), np.float32),
+        sampled=np.empty(samples, np.int32),
+        logprobs=np.full(scored, np.nan, np.float32),
+        top_ids=np.full((scored, width), -1, np.int32),
+        top_logprobs=np.full((scored, width), np.nan, np.float32),
+    )
+
+
+def _arrays(batch: Batch) -> str:
+    """Name, dtype and shape of every array that is not contiguous or of a 64-bit or other dtype."""
+    named = {field.name: getattr(batch, field.name) for field in fields(Batch)}
+    plan = named.pop("plan")
+    named |= {f"plan.{name}": getattr(plan, name) for name in _PLAN_FIELDS}
+    return ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in named.items())
