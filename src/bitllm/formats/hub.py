@@ -252,6 +252,11 @@ def _explained(repo: str, revision: str | None, download: Callable[[], Any]) -> 
         raise _unreachable(repo, error) from error
     except OSError as error:
         raise _from_os_error(repo, error) from error
+    except Exception as error:
+        # Which HTTP client raises depends on the version of huggingface_hub.
+        if any(base.__module__.startswith("httpx") for base in type(error).__mro__):
+            raise _unreachable(repo, error) from error
+        raise
 
 
 def _unreachable(repo: str, error: Exception) -> BitllmError:
