@@ -71,10 +71,12 @@ std::set<std::string> cgroup_directories(const std::string& controller) {
         // Each line is "id:controllers:/path".
         const size_t first = line.find(':'), second = line.find(':', first + 1);
         if (second == std::string::npos) continue;
-        const std::string names = "," + line.substr(first + 1, second - first - 1) + ",";
-        const bool ours = controller.empty()
-                              ? names == ",,"
-                              : names.find("," + controller + ",") != std::string::npos;
+        std::string names(1, ',');
+        names.append(line, first + 1, second - first - 1).push_back(',');
+        // Version 2 names no controllers: ",,"; version 1 lists them.
+        std::string wanted(1, ',');
+        wanted.append(controller).push_back(',');
+        const bool ours = controller.empty() ? names == wanted : names.find(wanted) != names.npos;
         if (!ours) continue;
         for (std::string path = line.substr(second + 1); path.size() > 1 && path[0] == '/';
              path.resize(path.rfind('/')))
