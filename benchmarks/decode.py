@@ -117,14 +117,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     base = machine.memory()
     decoder, loads, peak = load_repeatedly(arguments, options)
     tokenizer_s = seconds(lambda: load_tokenizer(arguments.model))
-    bandwidth = read_bandwidth(decoder.info.threads, 2**30)
     prefills = [
         seconds(lambda: prefill(decoder, arguments.prefill, arguments.prefill))
         for _ in range(1 + arguments.repeats)
     ][1:]
     prefill(decoder, max(arguments.depths), arguments.prefill)
-    decodes = [decode_row(decoder, depth, bandwidth, arguments) for depth in arguments.depths]
+    decodes = [decode_row(decoder, depth, arguments) for depth in arguments.depths]
     peak.sample()
+    # After the peak was taken: the buffer it reads is not the model's.
+    bandwidth = read_bandwidth(decoder.info.threads, 2**30)
+    for row in decodes:
+        row["bandwidth_fraction"] = row["bytes_per_token"] * row["tokens_per_s"] / bandwidth
     prefill_s = summary(prefills)
     return {
         "benchmark": "decode",
@@ -178,9 +181,7 @@ def load_repeatedly(
     return decoder, loads, peak
 
 
-def decode_row(
-    decoder: Decoder, depth: int, bandwidth: float, arguments: argparse.Namespace
-) -> dict[str, float]:
+def decode_row(decoder: Decoder, depth: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Measure decoding from `depth` on; the bytes are those of the middle of a run."""
     decode(decoder, depth, 2)
     runs = [
@@ -198,15 +199,19 @@ def decode_row(
         "spread": token_s["spread"],
         "us_per_token": 1e6 * token_s["median"],
         "bytes_per_token": read,
-        "bandwidth_fraction": read / token_s["median"] / bandwidth,
     }
+
+
+def size(count: float) -> str:
+    """Return bytes as GB or MB."""
+    return f"{count / GB:.3f} GB" if count > 0.1 * GB else f"{count / 1e6:.2f} MB"
 
 
 def card(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the figures as labelled lines."""
     peak = {name: value / machine.MIB for name, value in result["peak_memory"].items()}
     rows = [
-        ("model", f"{result['model']}, {result['weight_file_bytes'] / GB:.3f} GB of weights"),
+        ("model", f"{result['model']}, {size(result['weight_file_bytes'])} of weights"),
         ("ran on", f"{result['backend']}, kernels {result['kernel']}, {result['threads']} threads"),
         ("load", f"{result['load_s']:.2f} s (first {result['load_first_s']:.2f} s)"),
         ("tokenizer", f"{result['tokenizer_s']:.2f} s"),
@@ -226,7 +231,7 @@ def card(result: dict[str, Any]) -> list[tuple[str, str]]:
         (
             f"decode at {row['depth']}",
             f"{row['tokens_per_s']:.2f} tok/s, {row['us_per_token']:.0f} us"
-            f" (spread {row['spread']:.1%}), {row['bytes_per_token'] / GB:.3f} GB a token,"
+            f" (spread {row['spread']:.1%}), {size(row['bytes_per_token'])} a token,"
             f" {row['bandwidth_fraction']:.0%} of the bandwidth",
         )
         for row in result["decode"]

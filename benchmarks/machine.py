@@ -44,7 +44,7 @@ def _commit() -> str:
 
 def memory() -> dict[str, int]:
     """Return resident bytes of this process: anonymous, file-backed, and the sum of both."""
-    fields = dict.fromkeys(("RssAnon", "RssFile", "VmRSS", "VmHWM"), 0)
+    fields = dict.fromkeys(("RssAnon", "RssFile", "VmRSS"), 0)
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name in fields:
@@ -53,7 +53,6 @@ def memory() -> dict[str, int]:
         "anonymous": fields["RssAnon"],
         "file": fields["RssFile"],
         "resident": fields["VmRSS"],
-        "peak": fields["VmHWM"],
     }
 
 
