@@ -1,0 +1,182 @@
+"""The native decoder and the reference give the same bits: every switch, instruction set, dtype."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batches import Draw, Run, logits_of, make_batch, make_plan, prompt_ids
+from bitllm import _native
+from bitllm.backends import get_backend
+from bitllm.backends.base import Decoder, LoadOptions, OutputKind
+from bitllm.checkpoint import Checkpoint
+from bitllm.errors import UnsupportedModelError
+from synthetic import SWITCHES, random_checkpoint, tiny_spec
+
+ISAS = _native.kernel_names()
+GOLDEN = Path(__file__).parent / "golden" / "logits.json"
+RUNS_ON_CPU = {name: v for name, v in SWITCHES.items() if v.get("activation_bits", 8) == 8}
+
+
+def load(device: str, checkpoint: Checkpoint, **options: object) -> Decoder:
+    return get_backend(device).load(checkpoint, LoadOptions(**options))
+
+
+def assert_same_bits(one: np.ndarray, other: np.ndarray) -> None:
+    np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+def test_the_scalar_kernels_are_always_there():
+    assert "scalar" in ISAS
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("switch", RUNS_ON_CPU)
+def test_every_switch(switch, isa):
+    spec = tiny_spec(**SWITCHES[switch])
+    checkpoint = random_checkpoint(spec, seed=5)
+    ids = prompt_ids(70, spec.vocab_size, seed=5)
+    expected = logits_of(load("reference", checkpoint), ids)
+    native = load("cpu", checkpoint, isa=isa, threads=2)
+    assert_same_bits(logits_of(native, ids, [66, 67, 68]), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_every_dtype(dtype, kv_dtype, isa):
+    checkpoint = random_checkpoint(tiny_spec(), dtype=dtype, granularity="row")
+    ids = prompt_ids(40, 101)
+    options = {"kv_dtype": kv_dtype}
+    expected = logits_of(load("reference", checkpoint, **options), ids)
+    assert_same_bits(logits_of(load("cpu", checkpoint, isa=isa, **options), ids), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("switch", ["sub_norms", "sliding_window"])
+def test_threads_pieces_and_batches_change_no_bit(switch, isa):
+    checkpoint = random_checkpoint(tiny_spec(**SWITCHES[switch]))
+    first, second = prompt_ids(75, 101, seed=1), prompt_ids(33, 101, seed=2)
+    expected = logits_of(load("cpu", checkpoint, isa=isa, threads=1), first)
+    for threads in (1, 2, 3):
+        for cuts in ([], [1, 2, 3], [32], [31, 64]):
+            decoder = load("cpu", checkpoint, isa=isa, threads=threads)
+            assert_same_bits(logits_of(decoder, first, cuts), expected)
+        runs = [Run(second, 0, [5, 0]), Run(first, 0, [7, 2, 6])]
+        mixed = load("cpu", checkpoint, isa=isa, threads=threads).forward(make_batch(runs))
+        assert_same_bits(mixed.logits[33:], expected)
+
+
+@pytest.mark.parametrize("switch", sorted(SWITCHES.keys() - RUNS_ON_CPU.keys()))
+def test_models_of_float_activations_are_refused(switch):
+    checkpoint = random_checkpoint(tiny_spec(**SWITCHES[switch]))
+    with pytest.raises(UnsupportedModelError, match="activation"):
+        load("cpu", checkpoint)
+
+
+def test_scales_for_groups_are_refused():
+    checkpoint = random_checkpoint(tiny_spec(), granularity="group", group_size=16)
+    with pytest.raises(UnsupportedModelError, match="group"):
+        load("cpu", checkpoint)
+
+
+# Sampling
+
+VOCAB = 101
+FRACTIONS = [0.01, 0.3, 0.5, 0.9, 0.999, 1.0]
+DRAWS = st.builds(
+    Draw,
+    temperature=st.sampled_from([0.0, 0.1, 0.7, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 1, 2, 40, 101, 1000]),
+    top_p=st.sampled_from(FRACTIONS),
+    min_p=st.sampled_from([0.0, *FRACTIONS]),
+    seed=st.integers(0, 2**64 - 1),
+    choice=st.integers(0, 2**31 - 1),
+    position=st.integers(0, 2**31 - 1),
+    top_logprobs=st.sampled_from([-1, 0, 1, 5, 200]),
+    repetition_penalty=st.sampled_from([0.5, 1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.7, -1.0]),
+    presence_penalty=st.sampled_from([0.0, 1.1]),
+    seen=st.dictionaries(st.integers(0, VOCAB - 1), st.integers(0, 4), max_size=12),
+    bias=st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-9.5, 2.25]), max_size=5),
+    allowed=st.one_of(st.none(), st.frozensets(st.integers(0, VOCAB - 1), max_size=60)),
+)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Decoder, Decoder]:
+    checkpoint = random_checkpoint(tiny_spec(num_layers=1), seed=8)
+    return load("cpu", checkpoint, threads=2), load("reference", checkpoint)
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(draws=st.lists(DRAWS, min_size=1, max_size=6), prompt=st.integers(0, 100))
+def test_every_plan_draws_and_scores_the_same(pair, draws, prompt):
+    ids = prompt_ids(3, VOCAB, seed=prompt)
+    plan = make_plan(draws, VOCAB)
+    batch = make_batch([Run(ids)], OutputKind.SAMPLE, rows=[2] * len(draws), plan=plan)
+    native, reference = (decoder.forward(batch) for decoder in pair)
+    np.testing.assert_array_equal(native.sampled, reference.sampled)
+    np.testing.assert_array_equal(native.logprobs, reference.logprobs)
+    np.testing.assert_array_equal(native.top_ids, reference.top_ids)
+    np.testing.assert_array_equal(native.top_logprobs, reference.top_logprobs)
+
+
+def test_scores_and_hidden_states_are_the_same(pair):
+    ids = prompt_ids(6, VOCAB)
+    scores = {
+        "score_targets": np.array(ids[1:] + ids[:1], np.int32),
+        "score_top_n": np.array([0, 1, 2, 3, 4, 200], np.int32),
+    }
+    native, reference = (
+        decoder.forward(make_batch([Run(ids)], OutputKind.SCORE, **scores)) for decoder in pair
+    )
+    np.testing.assert_array_equal(native.logprobs, reference.logprobs)
+    np.testing.assert_array_equal(native.top_ids, reference.top_ids)
+    np.testing.assert_array_equal(native.top_logprobs, reference.top_logprobs)
+    hidden = [decoder.forward(make_batch([Run(ids)], OutputKind.HIDDEN)).hidden for decoder in pair]
+    assert_same_bits(*hidden)
+
+
+# The golden hash
+
+
+def golden_logits(isa: str) -> np.ndarray:
+    """Logits of a fixed model on a fixed prompt, in pieces, with the default KV storage."""
+    spec = tiny_spec(
+        num_layers=3,
+        vocab_size=1031,
+        hidden_size=264,
+        ffn_size=530,
+        num_heads=6,
+        num_kv_heads=3,
+        head_dim=44,
+        attn_sub_norm=True,
+        ffn_sub_norm=True,
+        tied_head=True,
+    )
+    checkpoint = random_checkpoint(spec, seed=2024)
+    decoder = load("cpu", checkpoint, isa=isa, threads=2)
+    return logits_of(decoder, prompt_ids(100, spec.vocab_size, seed=2024), [64, 99])
+
+
+def hash_of(logits: np.ndarray) -> str:
+    return hashlib.sha256(logits.astype("<f4").tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_golden_hash(isa):
+    """One hash for all machines: whoever changes a bit of the numerics changes this file too."""
+    golden = json.loads(GOLDEN.read_text())
+    logits = golden_logits(isa)
+    assert logits[-1].argmax() == golden["last_argmax"]
+    np.testing.assert_allclose(logits[-1, :4], golden["last_logits"], rtol=1e-6)
+    assert hash_of(logits) == golden["sha256"]
