@@ -67,7 +67,7 @@ def _tensors(vocab: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(7)
     head_dim = HIDDEN // HEADS
     embed = random.standard_normal((vocab, HIDDEN)).astype(np.float32)
-    # The row of the stop token never has the largest product with anything; nor has the start token.
+    # Rows of zeros never have the largest product: start and stop token are not written.
     embed[-2:] = 0
     tensors = {
         "model.embed_tokens.weight": embed,

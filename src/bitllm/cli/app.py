@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from typing import Any
 
 import click
 
 from bitllm.cli import failures
 from bitllm.cli.options import is_verbose, verbose_option
-from bitllm.cli.terminal import tolerate_narrow_encodings
+from bitllm.cli.terminal import note, paint, tolerate_narrow_encodings
 
 __all__ = ["COMMANDS", "CommandGroup", "app"]
 
@@ -71,11 +72,16 @@ class CommandGroup(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Parse the command line, run it and exit with its code; never returns."""
         tolerate_narrow_encodings()
+        if not sys.stderr.isatty():
+            # The Hub's client would draw its bars into files and pipes.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         extra["standalone_mode"] = False
-        try:
-            status = super().main(*args, **extra)
-        except (click.Abort, click.ClickException) as error:
-            status = failures.report(error, verbose=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            try:
+                status = super().main(*args, **extra)
+            except (click.Abort, click.ClickException) as error:
+                status = failures.report(error, verbose=False)
         sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -100,6 +106,10 @@ def _unknown_command(ctx: click.Context, name: str) -> click.UsageError:
     return _UnknownCommand(f"no such command: '{name}'", ctx, hint)
 
 
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    note(f"{paint('warning:', 'yellow')} {message}")
+
+
 def _discard_stdout() -> None:
     # What is still buffered would fail once more, loudly, when Python closes stdout at exit.
     try:
@@ -111,12 +121,9 @@ def _discard_stdout() -> None:
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from importlib.metadata import PackageNotFoundError, version
+        from bitllm import __version__
 
-        try:
-            click.echo(f"bitllm {version('bitllm')}")
-        except PackageNotFoundError:
-            click.echo("bitllm (not installed, run from a source tree)")
+        click.echo(f"bitllm {__version__}")
         ctx.exit()
 
 

@@ -9,11 +9,15 @@ nothing that kernels work in, so that the ends of their loops are tested too.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from bitllm import ops, ternary
 from bitllm.backends.base import KV_BLOCK_SIZE, Backend, Batch, Decoder, LoadOptions, OutputKind
+from bitllm.backends.cpu import CpuBackend
+from bitllm.backends.reference import ReferenceBackend
 from bitllm.checkpoint import (
     Activation,
     Checkpoint,
@@ -24,12 +28,15 @@ from bitllm.checkpoint import (
     RopeSpec,
     TernaryMatrix,
 )
+from bitllm.cli.checks import CheckFailedError
 
-__all__ = ["difference", "model_logits", "random_model"]
+__all__ = ["SelfTest", "difference", "model_logits", "random_model"]
 
 SEED = 158
 VOCABULARY, HIDDEN, FEED_FORWARD = 211, 300, 517
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 34
+PRODUCTS = ((1, 1, 1), (3, 17, 2), (63, 65, 1), (65, 257, 5), (16, 2560, 3), (8, 6912, 1))
+"""(rows, columns, tokens) of the products that are compared."""
 PROMPT_TOKENS = 40
 """More than a KV block, so that attention merges two."""
 DECODED_TOKENS = 2
@@ -63,6 +70,53 @@ class RandomTensors:
         codes = _random(name).integers(-1, 2, shape, np.int8)
         scale = np.float32(1) / np.sqrt(np.float32(linear.in_features))
         return TernaryMatrix.from_codes(codes, np.asarray(scale))
+
+
+class SelfTest:
+    """Compares kernel sets with the reference, whose logits are computed once."""
+
+    def __init__(self) -> None:
+        self._model = random_model()
+
+    @cached_property
+    def _wanted(self) -> npt.NDArray[np.float32]:
+        return model_logits(ReferenceBackend(), self._model)
+
+    def check(self, isa: str) -> str:
+        """Return what was found equal on the kernel set `isa`.
+
+        Raises:
+            CheckFailedError: what differs.
+        """
+        for rows, columns, tokens in PRODUCTS:
+            check_product(isa, rows, columns, tokens)
+        for threads in (1, 2):
+            found = model_logits(CpuBackend(), self._model, isa=isa, threads=threads)
+            problem = difference(found, self._wanted)
+            if problem is not None:
+                raise CheckFailedError(f"with {threads} threads {problem}")
+        return f"{len(PRODUCTS)} products and {self._wanted.size} logits equal the reference"
+
+
+def check_product(isa: str, rows: int, columns: int, tokens: int) -> None:
+    """Compare quantised activations and int32 products of random values with the reference.
+
+    Raises:
+        CheckFailedError: the first difference.
+    """
+    random = _random(f"product {rows} {columns} {tokens}")
+    codes = random.integers(-1, 2, (rows, columns), np.int8)
+    x = random.standard_normal((tokens, columns), np.float32)
+    wanted_q, wanted_a = ternary.quantize_activations(x)
+    q, a = ops.quantize_activations(x, isa=isa)
+    if (q != wanted_q).any() or (a.view(np.uint32) != wanted_a.view(np.uint32)).any():
+        raise CheckFailedError(f"{tokens} x {columns} activations are quantised differently")
+    found = ops.ternary_matmul(ops.pack(codes), q, isa=isa)
+    wrong = found != ternary.matmul_int32(codes, q)
+    if wrong.any():
+        raise CheckFailedError(
+            f"{wrong.sum()} of {wrong.size} sums differ in {rows} x {columns} codes times {tokens}"
+        )
 
 
 def random_model() -> Checkpoint:
@@ -111,9 +165,7 @@ def _step(
     return decoder.forward(batch).logits
 
 
-def difference(
-    found: npt.NDArray[np.float32], wanted: npt.NDArray[np.float32]
-) -> str | None:
+def difference(found: npt.NDArray[np.float32], wanted: npt.NDArray[np.float32]) -> str | None:
     """Return how two arrays of logits differ, None if they have the same bits."""
     if found.shape != wanted.shape:
         return f"shape {found.shape} instead of {wanted.shape}"
@@ -125,9 +177,7 @@ def difference(
     return f"{wrong.sum()} of {wrong.size} logits differ from the reference, by up to {worst:.3g}"
 
 
-def _layer(
-    activation: Activation, *, sub_norms: bool = False, qk_norm: bool = False
-) -> LayerSpec:
+def _layer(activation: Activation, *, sub_norms: bool = False, qk_norm: bool = False) -> LayerSpec:
     attention, cache = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
     return LayerSpec(
         q=LinearSpec(attention, HIDDEN),
