@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 
 import numpy as np
@@ -52,8 +53,8 @@ def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
     seen = [sequence.seen for sequence in sequences]
     bias = [request.logit_bias for request in requests]
     mask, mask_rows = _masks(sequences, vocab_size)
-    seen_offsets, seen_ids = _ragged_ids([list(ids) for ids in seen])
-    bias_offsets, bias_ids = _ragged_ids([list(ids) for ids in bias])
+    seen_offsets, seen_ids = _ragged_ids(seen)
+    bias_offsets, bias_ids = _ragged_ids(bias)
     return SamplePlan(
         temperature=np.array([each.temperature for each in requests], np.float32),
         top_k=np.array([each.top_k for each in requests], np.int32),
@@ -87,10 +88,11 @@ def _block_tables(runs: Ordered[Run]) -> I32:
     return tables
 
 
-def _ragged_ids(rows: list[list[int]]) -> tuple[I32, I32]:
+def _ragged_ids(rows: Ordered[Mapping[int, float]]) -> tuple[I32, I32]:
     """Return offsets int32 [n + 1] and the ids of all rows in one array."""
     offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    if any(rows):
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
     return offsets, np.array([token for row in rows for token in row], np.int32)
 
 

@@ -240,7 +240,8 @@ class LLM:
         threads = "1 thread" if self.info.threads == 1 else f"{self.info.threads} threads"
         return (
             f"<LLM {self.name!r} on {self.info.backend} ({self.info.kernel}, {threads}), "
-            f"context {self.context}, defaults: {describe_defaults(self.defaults)}{state}>"
+            f"context {self.context}, defaults: {describe_defaults(self.defaults)}, "
+            f"stop_ids={sorted(self.defaults.stop_ids)}{state}>"
         )
 
     def _request(

@@ -24,6 +24,12 @@ __all__ = [
 PROCESS_BYTES = 50_000_000
 """Interpreter, libraries and tokenizer: what a process holds before it has a model."""
 
+ROW_BLOCK = 256
+"""Rows of ternary matrices are padded to a multiple of this many weights."""
+
+LOGIT_ROWS = 8
+"""Rows whose logits are held at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
@@ -177,24 +183,35 @@ def plan_memory(
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:
-    """Return the bytes of all tensors: 2 bits a ternary weight, dense tensors as stored."""
+    """Return the bytes of all tensors: 2 bits a ternary weight, dense tensors as stored.
+
+    Embedding and head count in full, though the CPU backend leaves them in the mapped file: each
+    token reads the whole head, so it had better stay in memory.
+    """
     spec = checkpoint.spec
     dense = sum(checkpoint.dense(name).nbytes for name in spec.dense_shapes())
-    # Scales are not counted: one number a matrix or a row, against thousands of weights.
+    # Rows are padded to what kernels read at once. Scales are one number a matrix or a row, against
+    # thousands of weights, and not counted.
     ternary = sum(
-        linear.out_features * (-(-linear.in_features // 4)) for _, linear in spec.linear_names()
+        linear.out_features * -(-linear.in_features // ROW_BLOCK) * ROW_BLOCK // 4
+        for _, linear in spec.linear_names()
     )
     return dense + ternary
 
 
 def _scratch_bytes(spec: ModelSpec, rows: int) -> int:
-    """Return an upper estimate of a step's intermediate results for `rows` token rows."""
-    widest = 0
+    """Return an upper estimate of a step's intermediate results for `rows` token rows.
+
+    Residual and block output in fp32, the widest stage in fp32 and its input in int8, cosines and
+    sines; and for `LOGIT_ROWS` rows logits, and what sorting them takes.
+    """
+    stage = spec.hidden_size
     for layer in spec.layers:
         attention = layer.q.out_features + layer.k.out_features + layer.v.out_features
-        floats = 3 * spec.hidden_size + attention + layer.q.out_features + 3 * layer.up.out_features
-        widest = max(widest, 4 * floats + max(layer.down.in_features, spec.hidden_size))
-    return rows * widest + 4 * 4 * spec.vocab_size
+        stage = max(stage, attention, layer.gate.out_features + layer.up.out_features)
+    heads = max(layer.head_dim for layer in spec.layers)
+    a_row = 4 * (2 * spec.hidden_size + stage + heads) + stage + ROW_BLOCK
+    return rows * a_row + 32 * LOGIT_ROWS * spec.vocab_size
 
 
 def available_memory() -> int | None:

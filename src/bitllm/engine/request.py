@@ -138,14 +138,14 @@ def resolve_request(
 
 
 def describe_defaults(defaults: ModelDefaults) -> str:
-    """Return the defaults that are not neutral as "temperature=0.6, top_p=0.9, stop_ids=[2]"."""
+    """Return the defaults that are not neutral as "temperature=0.6, top_p=0.9"."""
     neutral = ModelDefaults()
     parts = [f"temperature={defaults.temperature:g}"]
     for item in dataclasses.fields(defaults):
         value = getattr(defaults, item.name)
         if item.name not in ("temperature", "stop_ids") and value != getattr(neutral, item.name):
             parts.append(f"{item.name}={value:g}")
-    return ", ".join([*parts, f"stop_ids={sorted(defaults.stop_ids)}"])
+    return ", ".join(parts)
 
 
 def _or(value: _Value | None, default: _Value) -> _Value:
