@@ -12,6 +12,7 @@
     ├── QuantizationError         values that cannot be quantised, codes that are no ternary codes
     ├── TokenizerError            text to ids, ids to text
     │   └── ChatTemplateError     no chat template, or one that fails
+    ├── TrainingError             a training run that cannot go on
     ├── BackendUnavailableError   a device that is not on this machine, or its library is not installed
     ├── ContextOverflowError      more tokens than the context window or the KV cache holds
     └── InsufficientMemoryError   the memory plan does not fit
@@ -37,6 +38,7 @@ __all__ = [
     "QuantizationError",
     "TensorShapeError",
     "TokenizerError",
+    "TrainingError",
     "UnsupportedModelError",
 ]
 
@@ -100,6 +102,10 @@ class TokenizerError(BitllmError):
 
 class ChatTemplateError(TokenizerError):
     """The model has no chat template, or its template fails on these messages."""
+
+
+class TrainingError(BitllmError):
+    """A training run that cannot go on: its loss is no number any more."""
 
 
 class BackendUnavailableError(BitllmError):

@@ -1,1 +1,1 @@
-"""."""
+"""Training ternary models: recipe, text, straight-through estimator, loop, export."""

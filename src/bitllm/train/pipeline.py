@@ -1,0 +1,76 @@
+"""A whole run: corpus, tokenizer, shards, training, export."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bitllm.errors import ConfigError
+from bitllm.train.data import write_shards
+from bitllm.train.demo_text import python_documents
+from bitllm.train.documents import Document, documents_sha256, file_documents, is_held_out
+from bitllm.train.export import export_model
+from bitllm.train.loop import report_to_stderr, train
+from bitllm.train.recipe import Recipe, TextSettings
+from bitllm.train.tokenizer_training import DocumentEncoder, train_tokenizer
+
+__all__ = ["collect_documents", "prepare_text", "run_recipe"]
+
+
+def run_recipe(recipe: Recipe, out: Path, resume: bool = False) -> Path:
+    """Do everything a recipe says, inside the folder `out`.
+
+    Args:
+        recipe: the run.
+        out: gets tokenizer.json, shards/, log.csv, checkpoint.pt and model/.
+        resume: go on from the last checkpoint.
+
+    Returns:
+        The folder of the exported model, `out`/model.
+
+    Raises:
+        BitllmError: see `train`; also a corpus that is not the one the recipe pins.
+    """
+    if not resume or not (out / "shards").exists():
+        prepare_text(recipe, out)
+    result = train(recipe, out / "shards", out, resume=resume)
+    report_to_stderr(f"held out: {result.held_out_bpb:.4f} bits per byte")
+    return export_model(result.model, out / "tokenizer.json", out / "model", recipe.export)
+
+
+def prepare_text(recipe: Recipe, out: Path) -> None:
+    """Write `out`/tokenizer.json and `out`/shards from the text of the recipe.
+
+    Raises:
+        ConfigError: the text is not the one that the recipe pins, or cannot be read.
+    """
+    documents = collect_documents(recipe.text, recipe.folder)
+    out.mkdir(parents=True, exist_ok=True)
+    percent = recipe.text.held_out_percent
+    training = [d for d in documents if not is_held_out(d.group, percent)]
+    tokenizer = train_tokenizer(training, recipe.tokenizer.vocab_size)
+    temporary = out / "tokenizer.json.tmp"
+    tokenizer.save(str(temporary))
+    os.replace(temporary, out / "tokenizer.json")
+    encoder = DocumentEncoder(out / "tokenizer.json")
+    write_shards(documents, encoder, out / "shards", held_out_percent=percent)
+
+
+def collect_documents(settings: TextSettings, folder: Path) -> list[Document]:
+    """Return the corpus that a recipe names, checked against its hash.
+
+    Raises:
+        ConfigError: it cannot be read, or is another one.
+    """
+    if settings.source == "python":
+        documents = python_documents()
+    else:
+        documents = file_documents([folder / name for name in settings.files])
+    found = documents_sha256(documents)
+    if settings.sha256 is not None and found != settings.sha256:
+        release = f" (that of Python {settings.python})" if settings.python else ""
+        raise ConfigError(
+            f"the text hashes to {found}, the recipe pins {settings.sha256}{release}",
+            hint="use that text, or remove text.sha256 from the recipe to take this one",
+        )
+    return documents
