@@ -172,10 +172,12 @@ def random_checkpoint(
     dtype: str = "bf16",
     granularity: str = "tensor",
     group_size: int | None = None,
+    magnitude: float = 1.0,
 ) -> Checkpoint:
     """A checkpoint of random values of sensible size: logits spread over a few units.
 
-    `dtype` is that of the embedding and the head; `granularity` says what shares a weight scale.
+    `dtype` is that of the embedding and the head; `granularity` says what shares a weight scale,
+    and `magnitude` multiplies all of those.
     """
     dense = {}
     for name, shape in spec.dense_shapes().items():
@@ -192,5 +194,6 @@ def random_checkpoint(
         shape = () if granularity == "tensor" else (linear.out_features, *groups)
         spread = random_uniform(seed, name + ".scales", shape or (1,)).reshape(shape)
         scales = (np.float32(1.0) + np.float32(0.5) * spread) / np.float32(linear.in_features**0.5)
+        scales = scales * np.float32(magnitude)
         ternary[name] = TernaryMatrix.from_codes(codes, np.asarray(scales), group_size)
     return Checkpoint(spec, MemorySource(dense, ternary), "synthetic model")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -73,6 +74,67 @@ def test_threads_pieces_and_batches_change_no_bit(switch, isa):
         assert_same_bits(mixed.logits[33:], expected)
 
 
+COMBINATIONS = st.fixed_dictionaries(
+    {
+        "hidden_size": st.sampled_from([1, 3, 17, 64, 97, 255, 257]),
+        "ffn_size": st.sampled_from([1, 15, 63, 65, 256, 300]),
+        "head_dim": st.sampled_from([2, 6, 16, 18]),
+        "num_kv_heads": st.sampled_from([1, 2, 4]),
+        "activation": st.sampled_from(["relu2", "silu", "gelu_tanh"]),
+        "linear_norm_eps": st.sampled_from([None, 1e-6]),
+        "sliding_window": st.sampled_from([None, 1, 31, 32, 33]),
+        "embedding_scale": st.sampled_from([1.0, 0.3]),
+    }
+    | {
+        name: st.booleans()
+        for name in (
+            "bias",
+            "attn_norm",
+            "ffn_norm",
+            "attn_sub_norm",
+            "ffn_sub_norm",
+            "qk_norm",
+            "post_norms",
+            "tied_head",
+        )
+    }
+)
+MAGNITUDES = st.sampled_from([1e-20, 1e-6, 1.0, 1e4])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    switches=COMBINATIONS,
+    magnitude=MAGNITUDES,
+    cuts=st.sets(st.integers(1, 39)),
+    isa=st.sampled_from(ISAS),
+)
+def test_every_combination_at_every_magnitude(switches, magnitude, cuts, isa):
+    checkpoint = random_checkpoint(tiny_spec(**switches), granularity="row", magnitude=magnitude)
+    ids = prompt_ids(40, 101)
+    expected = logits_of(load("reference", checkpoint), ids)
+    native = load("cpu", checkpoint, isa=isa, threads=2)
+    assert_same_bits(logits_of(native, ids, sorted(cuts)), expected)
+
+
+def test_denormal_numbers_are_computed_whatever_the_caller_has_set():
+    """The norm of a block's output of 1e-20 has denormal squares, and a denormal epsilon."""
+    spec = tiny_spec(post_norms=True, attn_sub_norm=True, activation="silu", norm_eps=1e-40)
+    checkpoint = random_checkpoint(spec, magnitude=1e-20)
+    ids = prompt_ids(40, 101)
+    expected = logits_of(load("reference", checkpoint), ids)
+    for threads in (1, 2):
+        native = load("cpu", checkpoint, threads=threads)
+        assert_same_bits(logits_of(native, ids), expected)
+        torch.set_flush_denormal(True)
+        try:
+            flushed = logits_of(native, ids)
+            assert np.float32(1e-30) * np.float32(1e-10) == 0, "the caller's mode is not restored"
+        finally:
+            torch.set_flush_denormal(False)
+        assert_same_bits(flushed, expected)
+
+
 @pytest.mark.parametrize("switch", sorted(SWITCHES.keys() - RUNS_ON_CPU.keys()))
 def test_models_of_float_activations_are_refused(switch):
     checkpoint = random_checkpoint(tiny_spec(**SWITCHES[switch]))
@@ -116,7 +178,7 @@ def pair() -> tuple[Decoder, Decoder]:
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(draws=st.lists(DRAWS, min_size=1, max_size=6), prompt=st.integers(0, 100))
 def test_every_plan_draws_and_scores_the_same(pair, draws, prompt):

@@ -10,6 +10,7 @@ import pytest
 from batches import Run, logits_of, make_batch, prompt_ids
 from bitllm.backends.base import LoadOptions
 from bitllm.backends.reference import ReferenceBackend
+from bitllm.backends.reference.attention import KvCache
 from bitllm.backends.reference.layer import Linear, rms_norm
 from bitllm.checkpoint import Checkpoint, TernaryMatrix
 from bitllm.errors import (
@@ -101,6 +102,25 @@ def test_keys_and_values_are_rounded_before_they_are_read():
     away = (stored << 16).astype(np.int64) - kept
     assert np.abs(away).max() <= 0x8000
     assert np.abs(away).max() > 0
+
+
+def test_bf16_storage_rounds_half_to_even():
+    layer = tiny_spec(num_heads=1, num_kv_heads=1, head_dim=6).layers[0]
+    cache = KvCache(1, layer, "bf16")
+    ulp = 2.0**-7
+    values = np.float32([1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, -1 - ulp / 2, np.nan, 2.0**100])
+    row = values.reshape(1, 1, 6)
+    cache.write(np.zeros(1, np.int32), np.array([3], np.int32), row, -row)
+    keys, mirrored = cache.read(0, slice(3, 4))
+    expected = [1, 1 + 2 * ulp, 1 + ulp, -1, np.nan, 2.0**100]
+    np.testing.assert_array_equal(keys.ravel(), np.float32(expected))
+    np.testing.assert_array_equal(mirrored, -keys)
+
+
+def test_hidden_states_beyond_float32_are_told():
+    checkpoint = random_checkpoint(tiny_spec(), magnitude=1e15)
+    with pytest.raises(QuantizationError, match="activations hold"):
+        logits_of(load(checkpoint), [1, 2, 3])
 
 
 # Invariance

@@ -12,7 +12,7 @@ from batches import Draw, make_plan
 from bitllm.backends.reference.sampling import adjust_logits, draw_token, kept_ids, score_row
 
 VOCAB = 40
-DRAWS = 1500
+DRAWS = 1000
 LOGITS = arrays.arrays(np.float32, VOCAB, elements=st.integers(-80, 80).map(lambda n: n / 8))
 QUICK = settings(max_examples=80, deadline=None)
 

@@ -70,7 +70,7 @@ class ReferenceDecoder:
     def _weight_bytes(self) -> int:
         linears = [linear for layer in self._layers for linear in layer.linear.values()]
         head = 0 if self.spec.tied_head else self._head.nbytes
-        ternary = sum(linear.codes.nbytes + linear.matrix.nbytes for linear in linears)
+        ternary = sum(linear.codes.nbytes + linear.scales.nbytes for linear in linears)
         return self._embed.nbytes + head + ternary
 
     @property
@@ -79,8 +79,17 @@ class ReferenceDecoder:
         return self._blocks
 
     def forward(self, batch: Batch) -> StepOutput:
-        """Compute one step; see `bitllm.backends.base.Decoder.forward`."""
+        """Compute one step; see `bitllm.backends.base.Decoder.forward`.
+
+        Raises:
+            ConfigError: the batch contradicts itself or the model.
+            QuantizationError: the hidden states have left the range of float32.
+        """
         check_batch(batch, self.spec, self._blocks, self._max_batch_tokens)
+        with np.errstate(all="ignore"):
+            return self._step(batch)
+
+    def _step(self, batch: Batch) -> StepOutput:
         h = _rows(self._embed, batch.token_ids) * np.float32(self.spec.embedding_scale)
         for layer, cache in zip(self._layers, self._caches, strict=True):
             h = h + layer.attention_block(h, batch, cache)

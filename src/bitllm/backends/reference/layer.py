@@ -8,7 +8,7 @@ import numpy.typing as npt
 from bitllm.backends.base import KV_BLOCK_SIZE, Batch
 from bitllm.backends.reference.attention import KvCache, attend, rotate
 from bitllm.backends.reference.numerics import exp_f32, lane_sum
-from bitllm.checkpoint import LINEAR_NAMES, Activation, Checkpoint, LinearSpec, TernaryMatrix
+from bitllm.checkpoint import LINEAR_NAMES, Activation, Checkpoint, LinearSpec
 from bitllm.ternary import matmul_int32, quantize_activations
 
 __all__ = ["Layer", "Linear", "gated", "rms_norm"]
@@ -43,8 +43,9 @@ class Linear:
 
     def __init__(self, checkpoint: Checkpoint, name: str, spec: LinearSpec) -> None:
         self.spec = spec
-        self.matrix: TernaryMatrix = checkpoint.ternary(name)
-        self.codes = self.matrix.codes()
+        matrix = checkpoint.ternary(name)
+        self.codes = matrix.codes()
+        self.scales, self.group_size = matrix.scales, matrix.group_size
         self.norm = _vector(checkpoint, f"{name}.norm", spec.norm_eps is not None)
         self.bias = _vector(checkpoint, f"{name}.bias", spec.bias)
 
@@ -58,26 +59,25 @@ class Linear:
     def _product(self, x: F32) -> F32:
         """(codes @ q / a) * scale; with group scales the groups' products are added in order."""
         q, a = quantize_activations(x)
-        if self.matrix.group_size is None:
+        if self.group_size is None:
             accumulators = matmul_int32(self.codes, q).astype(np.float32)
-            return (accumulators / a[:, None]) * self.matrix.scales
+            return (accumulators / a[:, None]) * self.scales
         y = np.zeros((len(x), self.spec.out_features), np.float32)
-        for group, columns in self._groups(self.matrix.group_size):
+        for group, columns in self._groups(self.group_size):
             accumulators = matmul_int32(self.codes[:, columns], q[:, columns]).astype(np.float32)
-            y = y + (accumulators / a[:, None]) * self.matrix.scales[:, group]
+            y = y + (accumulators / a[:, None]) * self.scales[:, group]
         return y
 
     def _float_product(self, x: F32) -> F32:
         """lane_sum(codes * x) * scale, for models whose activations are not quantised."""
-        size, scales = self.matrix.group_size, self.matrix.scales
         y = np.zeros((len(x), self.spec.out_features), np.float32)
         for token, row in enumerate(x):
-            if size is None:
-                y[token] = lane_sum(self.codes * row) * scales
+            if self.group_size is None:
+                y[token] = lane_sum(self.codes * row) * self.scales
             else:
-                for group, columns in self._groups(size):
+                for group, columns in self._groups(self.group_size):
                     sums = lane_sum(self.codes[:, columns] * row[columns])
-                    y[token] = y[token] + sums * scales[:, group]
+                    y[token] = y[token] + sums * self.scales[:, group]
         return y
 
     def _groups(self, size: int) -> list[tuple[int, slice]]:
