@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from bitllm.errors import QuantizationError as QuantizationError
     from bitllm.errors import TensorShapeError as TensorShapeError
     from bitllm.errors import TokenizerError as TokenizerError
+    from bitllm.errors import TrainingError as TrainingError
     from bitllm.errors import UnsupportedModelError as UnsupportedModelError
 
     __version__: str
@@ -59,6 +60,7 @@ _HOMES = {
         "QuantizationError",
         "TensorShapeError",
         "TokenizerError",
+        "TrainingError",
         "UnsupportedModelError",
     ),
 }
@@ -85,6 +87,7 @@ __all__ = [
     "TensorShapeError",
     "TokenLogprob",
     "TokenizerError",
+    "TrainingError",
     "UnsupportedModelError",
     "Usage",
     "__version__",

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitllm.backends import choose_device
 from bitllm.backends.base import KV_BLOCK_SIZE
 from bitllm.checkpoint import Checkpoint, ModelSpec
 from bitllm.config import EngineOptions
@@ -23,6 +24,9 @@ __all__ = [
 
 PROCESS_BYTES = 50_000_000
 """Interpreter, libraries and tokenizer: what a process holds before it has a model."""
+
+CODE_BITS = {"reference": 8}
+"""Bits a ternary weight takes in memory, by device; 2 where nothing is said."""
 
 ROW_BLOCK = 256
 """Rows of ternary matrices are padded to a multiple of this many weights."""
@@ -163,14 +167,15 @@ def plan_memory(
         available: bytes there are; None = ask the machine.
 
     Raises:
-        ConfigError: context or kv_tokens do not fit the model.
+        BackendUnavailableError: this version has no such device.
+        ConfigError: context or kv_tokens do not fit the model; an unknown device.
         MissingTensorError: the checkpoint lacks a tensor.
     """
     spec = checkpoint.spec
     per_token = kv_bytes_per_token(spec, options.kv_dtype)
     tokens = kv_token_count(spec, options)
     return MemoryPlan(
-        weights=_weight_bytes(checkpoint),
+        weights=_weight_bytes(checkpoint, CODE_BITS.get(choose_device(options.device).name, 2)),
         kv=tokens * per_token,
         scratch=_scratch_bytes(spec, options.max_batch_tokens),
         process=PROCESS_BYTES,
@@ -182,8 +187,8 @@ def plan_memory(
     )
 
 
-def _weight_bytes(checkpoint: Checkpoint) -> int:
-    """Return the bytes of all tensors: 2 bits a ternary weight, dense tensors as stored.
+def _weight_bytes(checkpoint: Checkpoint, code_bits: int) -> int:
+    """Return the bytes of all tensors: `code_bits` a ternary weight, dense tensors as stored.
 
     Embedding and head count in full, though the CPU backend leaves them in the mapped file: each
     token reads the whole head, so it had better stay in memory.
@@ -193,7 +198,7 @@ def _weight_bytes(checkpoint: Checkpoint) -> int:
     # Rows are padded to what kernels read at once. Scales are one number a matrix or a row, against
     # thousands of weights, and not counted.
     ternary = sum(
-        linear.out_features * -(-linear.in_features // ROW_BLOCK) * ROW_BLOCK // 4
+        linear.out_features * -(-linear.in_features // ROW_BLOCK) * ROW_BLOCK * code_bits // 8
         for _, linear in spec.linear_names()
     )
     return dense + ternary

@@ -1,0 +1,201 @@
+"""The memory plan: counted before loading, and close to what loading takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitllm.backends import get_backend
+from bitllm.backends.base import LoadOptions
+from bitllm.checkpoint import Checkpoint, DenseTensor, ModelSpec, TernaryMatrix
+from bitllm.config import EngineOptions
+from bitllm.engine import memory_plan
+from bitllm.engine.memory_plan import MemoryPlan, format_bytes, plan_memory
+from bitllm.errors import ConfigError, InsufficientMemoryError
+from synthetic import random_checkpoint, tiny_spec
+
+GIB = 2**30
+
+
+class Shapes:
+    """A source that has the shapes of a model and refuses to give ternary weights."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._shapes = spec.dense_shapes()
+
+    def dense(self, name: str) -> DenseTensor | None:
+        one = np.zeros((), np.uint16)
+        return DenseTensor(np.broadcast_to(one, self._shapes[name]), "bf16")
+
+    def ternary(self, name: str) -> TernaryMatrix | None:
+        raise AssertionError("the plan must not read weights")
+
+
+def shapes_of_2b() -> Checkpoint:
+    spec = tiny_spec(
+        num_layers=30,
+        vocab_size=128256,
+        hidden_size=2560,
+        ffn_size=6912,
+        num_heads=20,
+        num_kv_heads=5,
+        head_dim=128,
+        attn_sub_norm=True,
+        ffn_sub_norm=True,
+        tied_head=True,
+        max_context=4096,
+    )
+    return Checkpoint(spec, Shapes(spec), "2B-4T")
+
+
+def plan(available: int | None = 8 * GIB, **options: Any) -> MemoryPlan:
+    return plan_memory(shapes_of_2b(), EngineOptions(**options), available=available)
+
+
+def test_the_plan_of_a_2b_model() -> None:
+    found = plan()
+    head = 128256 * 2560 * 2
+    norms = (30 * (3 * 2560 + 6912) + 2560) * 2
+    ternary = 30 * (2 * 2560 * 2560 + 2 * 640 * 2560 + 3 * 6912 * 2560) // 4
+    assert found.weights == head + norms + ternary
+    assert found.kv_bytes_per_token == 30 * 2 * 640 * 2
+    assert found.kv == 4096 * found.kv_bytes_per_token
+    assert found.total == found.weights + found.kv + found.scratch + found.process
+    assert found.context == found.kv_tokens == 4096
+    assert found.fits
+
+
+def test_fp32_keys_and_values_take_twice_the_room() -> None:
+    assert plan(kv_dtype="fp32").kv == 2 * plan().kv
+
+
+def test_context_and_kv_tokens() -> None:
+    assert plan(context=100).kv_tokens == 128
+    assert plan(context=100).context == 100
+    assert plan(context=100, kv_tokens=1000).kv_tokens == 1024
+    with pytest.raises(ConfigError, match="context is 5000, but the model was made for 4096"):
+        plan(context=5000)
+    with pytest.raises(ConfigError, match="kv_tokens is 99, but one sequence may have 100"):
+        plan(context=100, kv_tokens=99)
+    with pytest.raises(ConfigError, match="may have 4096"):
+        plan(kv_tokens=4000)
+
+
+def test_what_does_not_fit_is_refused_with_the_table() -> None:
+    tight = plan(available=1_400_000_000)
+    assert not tight.fits
+    with pytest.raises(InsufficientMemoryError) as caught:
+        tight.check("2B-4T")
+    message = str(caught.value)
+    assert message.startswith("2B-4T does not fit into the memory available:")
+    for line in tight.table().splitlines():
+        assert line in message
+    assert "hint: context=" in message
+    tokens = int(str(caught.value.hint).split("=")[1].split()[0])
+    assert plan(available=1_400_000_000, context=tokens).fits
+    assert not plan(available=1_400_000_000, context=tokens + 32).fits
+
+
+def test_the_users_limit_counts_too() -> None:
+    limited = plan(memory_limit=2 * 10**9)
+    assert limited.allowed == 2 * 10**9
+    limited.check("2B-4T")
+    with pytest.raises(InsufficientMemoryError, match="does not fit into memory_limit") as caught:
+        plan(memory_limit=10**9).check("2B-4T")
+    assert "smaller model" in str(caught.value.hint)
+    assert "memory_limit" in str(caught.value)
+
+
+def test_where_nothing_is_known_everything_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "available_memory", lambda: None)
+    unknown = plan(available=None)
+    assert unknown.allowed is None
+    assert unknown.fits
+    assert "available" not in unknown.table()
+
+
+def test_the_table_is_aligned() -> None:
+    lines = plan(memory_limit=GIB).table().splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [line.split("  ")[1] for line in lines] == [
+        "weights",
+        "KV cache, 4096 tokens",
+        "step scratch",
+        "process",
+        "total",
+        "available",
+        "memory_limit",
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("rows", [1, 512])
+def test_the_plan_covers_what_a_decoder_takes(device: str, rows: int) -> None:
+    spec = tiny_spec(hidden_size=512, ffn_size=1024, num_heads=8, num_kv_heads=2, head_dim=64)
+    checkpoint = random_checkpoint(spec)
+    wanted = plan_memory(
+        checkpoint, EngineOptions(device=device, max_batch_tokens=rows), available=GIB
+    )
+    decoder = get_backend(device).load(
+        checkpoint, LoadOptions(threads=2, max_batch_tokens=rows, kv_tokens=wanted.kv_tokens)
+    )
+    taken = decoder.info
+    decoder.close()
+    assert taken.kv_bytes == wanted.kv
+    assert 0.8 * wanted.weights < taken.weight_bytes < 1.2 * wanted.weights
+    # A step of one row holds little more than what each thread needs; the rest is per row.
+    assert taken.scratch_bytes <= wanted.scratch + 100_000
+    if rows == 512 and device == "cpu":
+        assert taken.scratch_bytes > 0.7 * wanted.scratch
+
+
+def test_available_memory_of_this_machine() -> None:
+    found = memory_plan.available_memory()
+    assert found is not None
+    assert 10**7 < found < 10**14
+
+
+def test_a_control_group_counts_idle_file_pages_as_free(tmp_path: Path) -> None:
+    assert memory_plan._group_available(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
+    assert memory_plan._group_available(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory_plan._group_available(tmp_path) == 650
+    (tmp_path / "memory.max").write_text("100\n")
+    assert memory_plan._group_available(tmp_path) == 0
+
+
+def test_without_meminfo_the_physical_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(self: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr("os.sysconf", lambda name: 4096 if "SIZE" in name else 1000)
+    assert memory_plan.available_memory() == 4096 * 1000
+
+    def unknown(name: str) -> int:
+        raise ValueError(name)
+
+    monkeypatch.setattr("os.sysconf", unknown)
+    assert memory_plan.available_memory() is None
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (38_100, "38.1 kB"),
+        (812_345_678, "812 MB"),
+        (1_184_000_000, "1.18 GB"),
+        (22_900_000_000, "22.9 GB"),
+    ],
+)
+def test_format_bytes(size: int, text: str) -> None:
+    assert format_bytes(size) == text
