@@ -16,6 +16,7 @@ from bitllm.checkpoint import Checkpoint, TernaryMatrix
 from bitllm.errors import (
     ConfigError,
     InsufficientMemoryError,
+    QuantizationError,
 )
 from bitllm.ternary import dequantize, quantize_activations
 from synthetic import SWITCHES, MemorySource, random_checkpoint, tiny_spec
@@ -108,7 +109,8 @@ def test_bf16_storage_rounds_half_to_even():
     layer = tiny_spec(num_heads=1, num_kv_heads=1, head_dim=6).layers[0]
     cache = KvCache(1, layer, "bf16")
     ulp = 2.0**-7
-    values = np.float32([1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, -1 - ulp / 2, np.nan, 2.0**100])
+    odd = [1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, -1 - ulp / 2, np.nan, 2.0**100]
+    values = np.float32(odd)
     row = values.reshape(1, 1, 6)
     cache.write(np.zeros(1, np.int32), np.array([3], np.int32), row, -row)
     keys, mirrored = cache.read(0, slice(3, 4))
