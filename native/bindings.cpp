@@ -143,7 +143,7 @@ SamplePlan plan_of(const F32& temperature, const I32& top_k, const F32& top_p, c
 }
 
 void forward(BoundDecoder& decoder, const I32& token_ids, const I32& positions, const I32& run_offsets,
-             const Matrix<const int32_t>& block_tables, const I32& output_rows,
+             const Matrix<const int32_t>& block_tables, const I32& adapter_slots, const I32& output_rows,
              const Vector<const uint8_t>& output_kinds, const I32& score_targets, const I32& score_top_n,
              const F32& temperature, const I32& top_k, const F32& top_p, const F32& min_p,
              const Vector<const uint64_t>& seed, const I32& choice, const I32& position, const I32& top_logprobs,
@@ -159,6 +159,7 @@ void forward(BoundDecoder& decoder, const I32& token_ids, const I32& positions, 
     input.run_offsets = span_of(run_offsets);
     input.block_tables = block_tables.data();
     input.block_table_width = block_tables.shape(1);
+    input.adapter_slots = span_of(adapter_slots);
     input.output_rows = span_of(output_rows);
     input.output_kinds = span_of(output_kinds);
     input.score_targets = span_of(score_targets);
@@ -253,7 +254,7 @@ void bind_decoder(nb::module_& module) {
         .def("prepare", [](BoundDecoder& self) { self.core().prepare(); },
              "Check that the model is whole; take KV storage and scratch.")
         .def("forward", &forward, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "run_offsets"_a.noconvert(),
-             "block_tables"_a.noconvert(), "output_rows"_a.noconvert(), "output_kinds"_a.noconvert(),
+             "block_tables"_a.noconvert(), "adapter_slots"_a.noconvert(), "output_rows"_a.noconvert(), "output_kinds"_a.noconvert(),
              "score_targets"_a.noconvert(), "score_top_n"_a.noconvert(), "temperature"_a.noconvert(),
              "top_k"_a.noconvert(), "top_p"_a.noconvert(), "min_p"_a.noconvert(), "seed"_a.noconvert(),
              "choice"_a.noconvert(), "position"_a.noconvert(), "top_logprobs"_a.noconvert(),

@@ -38,7 +38,7 @@ bool all_below(const int32_t* values, size_t count, size_t bound) {
 }  // namespace
 
 Decoder::Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime)
-    : kernels_(kernels), model_(model), runtime_(runtime), pool_(shared_pool(runtime.threads)) {
+    : kernels_(kernels), model_(model), runtime_(runtime), crowd_(shared_pool(runtime.threads)), solo_(shared_pool(1)) {
     demand(model.vocab > 0 && model.hidden > 0, "vocabulary and hidden size must be positive");
     demand(runtime.kv_blocks > 0 && runtime.max_batch_tokens > 0, "KV blocks and token rows must be positive");
     demand(runtime.kv_type != FloatType::F16, "KV storage is bf16 or fp32");
@@ -89,7 +89,7 @@ void Decoder::set_linear(size_t layer, LinearName name, const uint8_t* canonical
     linear.scales.assign(scales.begin(), scales.end());
     auto* packed = reinterpret_cast<uint8_t*>(linear.packed.data());
     std::atomic<bool> valid = true;
-    pool_.parallel([&](int worker, int workers) {
+    crowd_.parallel([&](int worker, int workers) {
         const Range rows = split(out, worker, workers);
         if (!repack_rows(canonical, in, rows.begin, rows.end, packed)) valid = false;
     });
@@ -144,6 +144,11 @@ void Decoder::prepare() {
     demand(embedding_.data && head_.data && !final_norm_.empty(), "embedding, head or final norm is missing");
     demand(!layers_.empty(), "a model needs at least one layer");
     for (size_t index = 0; index < layers_.size(); ++index) check_layer(index);
+    matrix_work_ = attention_work_ = 0;
+    for (const Layer& layer : layers_) {
+        for (const Linear& linear : layer.linears) matrix_work_ += linear.out * linear.in;
+        attention_work_ += 2 * layer.query_width();
+    }
     lay_out_kv();
     arena_.emplace(plan_scratch(nullptr));
     plan_scratch(&*arena_);
@@ -167,6 +172,9 @@ void Decoder::check(const StepInput& input) const {
     demand(tokens > 0 && tokens <= runtime_.max_batch_tokens, "a step has no token rows, or too many");
     demand(input.positions.size() == tokens, "positions must have one entry for each token");
     demand(rises_to(input.run_offsets, tokens), "run_offsets must rise from 0 to the number of tokens");
+    demand(input.adapter_slots.size() + 1 == input.run_offsets.size() &&
+               std::all_of(input.adapter_slots.begin(), input.adapter_slots.end(), [](int32_t slot) { return slot == -1; }),
+           "adapter_slots must be -1 for each run");
     demand(all_below(input.token_ids.data(), tokens, model_.vocab), "a token id is outside the vocabulary");
     for (size_t run = 0; run + 1 < input.run_offsets.size(); ++run) {
         const auto begin = static_cast<size_t>(input.run_offsets[run]);
@@ -197,10 +205,9 @@ void Decoder::check_outputs(const StepInput& input, const StepOutput& output) co
            "score_targets and score_top_n must have one entry for each SCORE request");
     demand(input.plan.count == counts[static_cast<size_t>(OutputKind::SAMPLE)],
            "the plan must have one entry for each SAMPLE request");
-    for (size_t i = 0; i < scores; ++i) {
-        demand(input.score_targets[i] < static_cast<int64_t>(model_.vocab), "a score target is outside the vocabulary");
-        demand(input.score_top_n[i] <= static_cast<int64_t>(output.top_width), "score_top_n exceeds the output's width");
-    }
+    demand(all_below(input.score_targets.data(), scores, model_.vocab), "a score target is outside the vocabulary");
+    demand(all_below(input.score_top_n.data(), scores, output.top_width + 1),
+           "score_top_n is negative or exceeds the output's width");
     for (size_t i = 0; i < input.plan.count; ++i)
         demand(input.plan.top_logprobs[i] <= static_cast<int64_t>(output.top_width),
                "top_logprobs exceeds the output's width");
@@ -216,7 +223,9 @@ void Decoder::check_plan(const SamplePlan& plan) const {
         demand(plan.top_p[i] > 0.0f && plan.top_p[i] <= 1.0f, "top_p must lie in (0, 1]");
         demand(plan.min_p[i] >= 0.0f && plan.min_p[i] <= 1.0f, "min_p must lie in [0, 1]");
         demand(plan.repetition_penalty[i] > 0.0f, "repetition_penalty must be positive");
-        demand(plan.mask_rows[i] < static_cast<int64_t>(plan.mask_count), "mask_rows names a row that is not there");
+        demand(plan.choice[i] >= 0 && plan.position[i] >= 0, "choice and position must not be negative");
+        demand(plan.mask_rows[i] >= -1 && plan.mask_rows[i] < static_cast<int64_t>(plan.mask_count),
+               "mask_rows names a row that is not there");
     }
     demand(rises_to({plan.seen_offsets, plan.count + 1}, plan.seen_count) &&
                all_below(plan.seen_ids, plan.seen_count, model_.vocab),
@@ -224,7 +233,7 @@ void Decoder::check_plan(const SamplePlan& plan) const {
     demand(rises_to({plan.bias_offsets, plan.count + 1}, plan.bias_count) &&
                all_below(plan.bias_ids, plan.bias_count, model_.vocab),
            "bias_offsets or bias_ids of the plan are out of bounds");
-    demand(plan.mask_count == 0 || plan.mask_words >= (model_.vocab + 31) / 32,
+    demand(plan.mask_count == 0 || plan.mask_words == (model_.vocab + 31) / 32,
            "a mask row must have a bit for each id of the vocabulary");
 }
 

@@ -80,6 +80,7 @@ struct StepInput {
     std::span<const int32_t> token_ids;
     std::span<const int32_t> positions;
     std::span<const int32_t> run_offsets;
+    std::span<const int32_t> adapter_slots;
     const int32_t* block_tables = nullptr;  // [runs, block_table_width]
     size_t block_table_width = 0;
     std::span<const int32_t> output_rows;
@@ -210,6 +211,7 @@ class Decoder {
     void check_outputs(const StepInput& input, const StepOutput& output) const;
     void check_plan(const SamplePlan& plan) const;
 
+    ThreadPool& pool_for(const StepInput& input) const;
     void run_step(int worker);
     void attention_block(const Layer& layer, int worker, Workspace& own);
     void ffn_block(const Layer& layer, int worker, Workspace& own);
@@ -239,7 +241,8 @@ class Decoder {
     const Kernels& kernels_;
     const ModelConfig model_;
     const RuntimeConfig runtime_;
-    ThreadPool& pool_;
+    ThreadPool& crowd_;  // all threads of the configuration
+    ThreadPool& solo_;   // the calling thread alone, for steps too small to share
     std::mutex mutex_;
 
     DenseMatrix embedding_, head_;
@@ -261,7 +264,12 @@ class Decoder {
     float* logits_ = nullptr;               // [logit_rows_][vocab]
     std::vector<Workspace> workspaces_;     // one for each worker
 
+    // Multiplications and additions of a token in all matrices; of a token and a position in attention.
+    size_t matrix_work_ = 0;
+    size_t attention_work_ = 0;
+
     // The step under way.
+    ThreadPool* pool_ = nullptr;
     const StepInput* input_ = nullptr;
     const StepOutput* result_ = nullptr;
     size_t tokens_ = 0;

@@ -19,6 +19,11 @@ constexpr size_t TILE_TOKENS = 8;     // tokens that go through a KV block toget
 constexpr size_t TILE_QUERIES = 64;   // and their heads: sums kept while walking the blocks
 constexpr size_t LOGIT_ROWS = 8;      // at least this many rows of logits at a time
 
+// A layer has nine barriers. Other threads are asked for help from this many multiplications between two
+// barriers on (some 10 us of one core): below, waiting for each other would cost more than it saves.
+constexpr size_t BARRIERS = 9;
+constexpr size_t WORTH_SHARING = 100'000;
+
 constexpr LinearName QKV[] = {LinearName::Q, LinearName::K, LinearName::V};
 constexpr LinearName OUT[] = {LinearName::O};
 constexpr LinearName GATE_UP[] = {LinearName::GATE, LinearName::UP};
@@ -130,12 +135,23 @@ void Decoder::forward(const StepInput& input, const StepOutput& output) {
             tiles_[tile_count_++] = {static_cast<uint32_t>(first),
                                      static_cast<uint32_t>(std::min(TILE_TOKENS, end - first))};
     }
-    pool_.parallel([this](int worker, int) { run_step(worker); });
+    pool_ = &pool_for(input);
+    pool_->parallel([this](int worker, int) { run_step(worker); });
+}
+
+ThreadPool& Decoder::pool_for(const StepInput& input) const {
+    size_t work = tokens_ * matrix_work_ + input.output_rows.size() * model_.vocab * model_.hidden;
+    for (size_t run = 0; run + 1 < input.run_offsets.size(); ++run) {
+        const auto begin = static_cast<size_t>(input.run_offsets[run]);
+        const auto end = static_cast<size_t>(input.run_offsets[run + 1]);
+        work += (end - begin) * static_cast<size_t>(input.positions[end - 1]) * attention_work_;
+    }
+    return work / (layers_.size() * BARRIERS) < WORTH_SHARING ? solo_ : crowd_;
 }
 
 void Decoder::run_step(int worker) {
     Workspace& own = workspaces_[static_cast<size_t>(worker)];
-    const Range mine = split(tokens_, worker, pool_.size());
+    const Range mine = split(tokens_, worker, pool_->size());
     for (size_t token = mine.begin; token < mine.end; ++token) {
         embed(token);
         compute_rope(token);
@@ -144,29 +160,29 @@ void Decoder::run_step(int worker) {
         attention_block(layer, worker, own);
         ffn_block(layer, worker, own);
     }
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     finish(worker, own);
 }
 
 // h += post_attn_norm(o(attn_sub_norm(attention(q, k, v of attn_norm(h)))))
 void Decoder::attention_block(const Layer& layer, int worker, Workspace& own) {
     const size_t stride = layer.query_width() + 2 * layer.kv_width();
-    const Range mine = split(tokens_, worker, pool_.size());
+    const Range mine = split(tokens_, worker, pool_->size());
     for (size_t token = mine.begin; token < mine.end; ++token)
         quantize_inputs(layer, QKV, token, residual_ + token * model_.hidden, layer.vector(VectorName::ATTN_NORM),
                         own);
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     project(layer, worker, own);
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     turn_and_store(layer, worker);
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     attend(layer, worker, own);  // replaces q
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
         quantize_inputs(layer, OUT, token, work_ + token * stride, layer.vector(VectorName::ATTN_SUB_NORM), own);
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     multiply_all(layer, LinearName::O, block_out_, worker, own);
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
         add_to_residual(token, layer.vector(VectorName::POST_ATTN_NORM), layer.config.norm_eps);
 }
@@ -174,18 +190,18 @@ void Decoder::attention_block(const Layer& layer, int worker, Workspace& own) {
 // h += post_ffn_norm(down(ffn_sub_norm(act(gate(x)) * up(x)))), x = ffn_norm(h)
 void Decoder::ffn_block(const Layer& layer, int worker, Workspace& own) {
     const size_t stride = 2 * layer.ffn_width();
-    const Range mine = split(tokens_, worker, pool_.size());
+    const Range mine = split(tokens_, worker, pool_->size());
     for (size_t token = mine.begin; token < mine.end; ++token)
         quantize_inputs(layer, GATE_UP, token, residual_ + token * model_.hidden, layer.vector(VectorName::FFN_NORM),
                         own);
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     expand(layer, worker, own);
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
         quantize_inputs(layer, DOWN, token, work_ + token * stride, layer.vector(VectorName::FFN_SUB_NORM), own);
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     multiply_all(layer, LinearName::DOWN, block_out_, worker, own);
-    pool_.barrier(worker);
+    pool_->barrier(worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
         add_to_residual(token, layer.vector(VectorName::POST_FFN_NORM), layer.config.norm_eps);
 }
@@ -271,13 +287,13 @@ void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* o
 
 void Decoder::multiply_all(const Layer& layer, LinearName name, float* out, int worker, Workspace& own) {
     const size_t rows = layer.linear(name).out;
-    multiply(layer, name, split(rows, worker, pool_.size(), ROW_GRAIN), out, rows, own);
+    multiply(layer, name, split(rows, worker, pool_->size(), ROW_GRAIN), out, rows, own);
 }
 
 // q, k and v of each token side by side in work_; a worker's share is a range of their rows taken together.
 void Decoder::project(const Layer& layer, int worker, Workspace& own) {
     const size_t stride = layer.query_width() + 2 * layer.kv_width();
-    const Range mine = split(stride, worker, pool_.size(), ROW_GRAIN);
+    const Range mine = split(stride, worker, pool_->size(), ROW_GRAIN);
     size_t first = 0;
     for (const LinearName name : QKV) {
         const size_t end = first + layer.linear(name).out;
@@ -294,7 +310,7 @@ void Decoder::turn_and_store(const Layer& layer, int worker) {
     const size_t stride = layer.query_width() + 2 * layer.kv_width();
     const float* query_norm = layer.vector(VectorName::Q_NORM);
     const float* key_norm = layer.vector(VectorName::K_NORM);
-    const Range mine = split(tokens_ * heads, worker, pool_.size());
+    const Range mine = split(tokens_ * heads, worker, pool_->size());
     for (size_t unit = mine.begin; unit < mine.end; ++unit) {
         const size_t token = unit / heads, index = unit % heads;
         float* head = work_ + token * stride + index * n;  // the heads of k follow those of q
@@ -336,9 +352,9 @@ std::byte* Decoder::kv_rows(const Layer& layer, size_t run, size_t position, siz
 // run have more to read.
 void Decoder::attend(const Layer& layer, int worker, Workspace& own) {
     const size_t heads = layer.config.heads, group = heads / layer.config.kv_heads;
-    const auto workers = static_cast<size_t>(pool_.size());
+    const auto workers = static_cast<size_t>(pool_->size());
     if (tile_count_ == 1 && tiles_[0].count == 1) {
-        const Range mine = split(heads, worker, pool_.size());
+        const Range mine = split(heads, worker, pool_->size());
         attend_tile(layer, tiles_[0], mine, own);
         return;
     }
@@ -421,7 +437,7 @@ void Decoder::merge_block(const LayerConfig& config, const Scored& block, size_t
 // the activation itself. The result replaces the gate.
 void Decoder::expand(const Layer& layer, int worker, Workspace& own) {
     const size_t width = layer.ffn_width(), stride = 2 * width;
-    const Range mine = split(width, worker, pool_.size(), ROW_GRAIN);
+    const Range mine = split(width, worker, pool_->size(), ROW_GRAIN);
     multiply(layer, LinearName::GATE, mine, work_, stride, own);
     multiply(layer, LinearName::UP, mine, work_ + width, stride, own);
     for (size_t token = 0; token < tokens_; ++token) {
@@ -444,17 +460,17 @@ void Decoder::finish(int worker, Workspace& own) {
                                                        : logits_ + i * model_.vocab;
             own.requests[i] = {kind, index, kind == OutputKind::HIDDEN ? nullptr : logits};
         }
-        const Range mine = split(count, worker, pool_.size());
+        const Range mine = split(count, worker, pool_->size());
         for (size_t i = mine.begin; i < mine.end; ++i) {
             const float* h = residual_ + static_cast<size_t>(input.output_rows[base + i]) * n;
             kernels_.rms_norm(h, final_norm_.data(), n, model_.norm_eps, final_rows_ + i * n);
         }
-        pool_.barrier(worker);
-        head_rows(own.requests, count, split(model_.vocab, worker, pool_.size(), ROW_GRAIN));
-        pool_.barrier(worker);
-        for (size_t i = static_cast<size_t>(worker); i < count; i += static_cast<size_t>(pool_.size()))
+        pool_->barrier(worker);
+        head_rows(own.requests, count, split(model_.vocab, worker, pool_->size(), ROW_GRAIN));
+        pool_->barrier(worker);
+        for (size_t i = static_cast<size_t>(worker); i < count; i += static_cast<size_t>(pool_->size()))
             finish_request(own.requests[i], final_rows_ + i * n, own);
-        pool_.barrier(worker);
+        pool_->barrier(worker);
     }
 }
 

@@ -154,8 +154,8 @@ def _load_linear(native: _native.Decoder, checkpoint: Checkpoint, index: int, na
         )
     if matrix.group_size is not None:
         raise UnsupportedModelError(
-            f"{checkpoint.origin}: {full_name} has a scale for each {matrix.group_size} weights, "
-            "which the cpu device does not run yet",
+            f"{checkpoint.origin}: {full_name} has a scale for each group of "
+            f"{matrix.group_size} weights, which the cpu device does not run yet",
             hint='use device="reference"',
         )
     packed = np.ascontiguousarray(matrix.packed)
