@@ -85,7 +85,7 @@ def test_context_and_kv_tokens() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_table() -> None:
-    tight = plan(available=1_400_000_000)
+    tight = plan(available=1_500_000_000)
     assert not tight.fits
     with pytest.raises(InsufficientMemoryError) as caught:
         tight.check("2B-4T")
@@ -95,8 +95,8 @@ def test_what_does_not_fit_is_refused_with_the_table() -> None:
         assert line in message
     assert "hint: context=" in message
     tokens = int(str(caught.value.hint).split("=")[1].split()[0])
-    assert plan(available=1_400_000_000, context=tokens).fits
-    assert not plan(available=1_400_000_000, context=tokens + 32).fits
+    assert plan(available=1_500_000_000, context=tokens).fits
+    assert not plan(available=1_500_000_000, context=tokens + 32).fits
 
 
 def test_the_users_limit_counts_too() -> None:
@@ -124,7 +124,7 @@ def test_the_table_is_aligned() -> None:
         "weights",
         "KV cache, 4096 tokens",
         "step scratch",
-        "process",
+        "process and tokenizer",
         "total",
         "available",
         "memory_limit",

@@ -22,8 +22,11 @@ __all__ = [
     "plan_memory",
 ]
 
-PROCESS_BYTES = 50_000_000
-"""Interpreter, libraries and tokenizer: what a process holds before it has a model."""
+PROCESS_BYTES = 40_000_000
+"""Interpreter and libraries: what a process holds before it has a model (measured, rounded up)."""
+
+TOKENIZER_BYTES = 700
+"""What the tokenizers library holds for each token of its vocabulary (measured at 128256)."""
 
 CODE_BITS = {"reference": 8}
 """Bits a ternary weight takes in memory, by device; 2 where nothing is said."""
@@ -43,7 +46,7 @@ class MemoryPlan:
         weights: ternary codes and scales, embeddings, head and norms.
         kv: the KV cache when it is full; its pages are taken as they are used.
         scratch: intermediate results of one step, an upper estimate.
-        process: interpreter and libraries.
+        process: interpreter, libraries and tokenizer.
         available: what the machine can still give, None = unknown.
         limit: what the user allows, None = everything.
         context: most tokens of a sequence.
@@ -83,7 +86,7 @@ class MemoryPlan:
             ("weights", self.weights),
             (f"KV cache, {self.kv_tokens} tokens", self.kv),
             ("step scratch", self.scratch),
-            ("process", self.process),
+            ("process and tokenizer", self.process),
             ("total", self.total),
         ]
 
@@ -178,7 +181,7 @@ def plan_memory(
         weights=_weight_bytes(checkpoint, CODE_BITS.get(choose_device(options.device).name, 2)),
         kv=tokens * per_token,
         scratch=_scratch_bytes(spec, options.max_batch_tokens),
-        process=PROCESS_BYTES,
+        process=PROCESS_BYTES + TOKENIZER_BYTES * spec.vocab_size,
         available=available_memory() if available is None else available,
         limit=options.memory_limit,
         context=context_length(spec, options),
