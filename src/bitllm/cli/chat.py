@@ -74,7 +74,8 @@ def chat(
                 return
         return
     note(f"{llm.name}: /help lists the commands, Ctrl-D leaves")
-    for line in read_typed(history or default_history(), COMMANDS):
+    words = [entry.split()[0] for entry in COMMANDS]
+    for line in read_typed(history or default_history(), words):
         try:
             if not conversation.handle(line):
                 return
@@ -92,9 +93,10 @@ def _report(llm: LLM, answer: Answer, attempt: int, quiet: bool) -> None:
     if answer.last is None:
         note("(stopped)")
         return
-    if answer.last.finish_reason == "length":
-        note("(cut: --max-tokens or the context is used up)")
+    usage = answer.last.usage
+    if answer.last.finish_reason == "length" and usage is not None:
+        note(f"(cut after {usage.completion_tokens} tokens)")
     if attempt and answer.last.seed is None:
         note("(greedy: the same again; start the chat with --temperature 0.8 for another)")
-    if not quiet and answer.last.usage is not None:
-        print_status(llm, answer.last.usage)
+    if not quiet and usage is not None:
+        print_status(llm, usage)

@@ -60,19 +60,15 @@ class Conversation:
             return self._command(line)
         content = line.removeprefix("/") if line.startswith("//") else line
         if content.strip():
-            self.messages.append({"role": "user", "content": content})
             self._attempts = 0
-            self._answer()
+            self._answer([*self.messages, {"role": "user", "content": content}])
         return True
 
-    def _answer(self) -> None:
-        try:
-            answer = self._ask(self.messages, self._attempts)
-        except BaseException:
-            self.messages.pop()
-            raise
+    def _answer(self, asked: list[Message]) -> None:
+        """Ask; only if there is an answer, question and answer become part of the chat."""
+        answer = self._ask(asked, self._attempts)
         self._attempts += 1
-        self.messages.append({"role": "assistant", "content": answer.text})
+        self.messages = [*asked, {"role": "assistant", "content": answer.text}]
 
     def _command(self, line: str) -> bool:
         name, _, argument = line.partition(" ")
@@ -105,9 +101,7 @@ class Conversation:
             note(self._system or "no system message")
 
     def _clear(self) -> None:
-        self.messages.clear()
-        if self._system:
-            self.messages.append({"role": "system", "content": self._system})
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def _undo(self) -> None:
         if self._answered():
@@ -117,8 +111,7 @@ class Conversation:
 
     def _regenerate(self) -> None:
         if self._answered():
-            self.messages.pop()
-            self._answer()
+            self._answer(self.messages[:-1])
         else:
             note("nothing to answer yet")
 

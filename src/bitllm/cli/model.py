@@ -40,7 +40,7 @@ def resident_bytes() -> int | None:
         from bitllm.backends.cpu import resident_bytes as measure
     except ImportError:
         return None
-    return measure()
+    return measure() or None
 
 
 def print_status(llm: LLM, usage: Usage) -> None:
