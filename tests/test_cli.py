@@ -67,6 +67,14 @@ def test_the_help_lists_each_verb_with_the_first_line_of_its_own_help() -> None:
         assert command.help.splitlines()[0] == summary
 
 
+def test_examples_keep_their_lines() -> None:
+    for name in COMMANDS:
+        text = invoke(name, "--help").stdout
+        assert "\\b" not in text
+        assert "\b" not in text
+    assert '\n  bitllm run "The list"\n' in invoke("run", "--help").stdout
+
+
 def test_the_help_imports_nothing_heavy() -> None:
     script = (
         "import sys\n"

@@ -144,12 +144,12 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
 @verbose_option
 @click.pass_context
 def app(ctx: click.Context) -> None:
-    r"""Run BitNet b1.58 language models on this machine.
+    """Run BitNet b1.58 language models on this machine.
 
     \b
     bitllm run "Once upon a time"            continue a prompt with the demo model
     bitllm chat -m ORG/NAME                  talk with a model from the Hugging Face Hub
     bitllm info ./my-model                   look at a model before loading it
-    """
+    """  # noqa: D301
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -47,7 +47,7 @@ def chat(
     quiet: bool,
     **options: Any,
 ) -> None:
-    r"""Talk with a model.
+    """Talk with a model.
 
     On a terminal: Enter sends, Alt-Enter begins a new line, Ctrl-C stops the answer, Ctrl-D leaves,
     /help lists the commands. Without a terminal each line of stdin is a message, and Ctrl-C or an
@@ -55,7 +55,7 @@ def chat(
 
     \b
     bitllm chat -m microsoft/bitnet-b1.58-2B-4T --system "Answer in one sentence."
-    """
+    """  # noqa: D301
     engine, sampling = split_options(options)
     llm = load_model(model, engine)
     interactive = is_interactive()

@@ -28,7 +28,7 @@ __all__ = ["info"]
 @json_option
 @verbose_option
 def info(ref: str | None, tensors: bool, as_json: bool, **options: Any) -> None:
-    r"""Show what a model is and what it needs, without loading it.
+    """Show what a model is and what it needs, without loading it.
 
     REF is a directory or file, or org/name[@revision] on the Hugging Face Hub, which is downloaded
     if it is not in the cache; without REF, BITLLM_MODEL, or else the demo model inside bitllm.
@@ -36,7 +36,7 @@ def info(ref: str | None, tensors: bool, as_json: bool, **options: Any) -> None:
     \b
     bitllm info microsoft/bitnet-b1.58-2B-4T
     bitllm info ./my-model --context 2048 --json
-    """
+    """  # noqa: D301
     from bitllm.backends import choose_device
     from bitllm.config import EngineOptions
     from bitllm.engine.memory_plan import plan_memory

@@ -108,14 +108,15 @@ engine_options: Decorator[Any] = _together(
     ),
     option(
         "--threads",
+        metavar="N",
         type=click.IntRange(min=1),
         help="Worker threads. Default: one for each physical core.",
     ),
     option(
         "--context",
+        metavar="N",
         type=click.IntRange(min=1),
-        metavar="TOKENS",
-        help="Room for the prompt and the answer. Default: what the model was made for.",
+        help="Tokens of prompt and answer together. Default: what the model was made for.",
     ),
 )
 
@@ -123,34 +124,44 @@ sampling_options: Decorator[Any] = _together(
     option(
         "-n",
         "--max-tokens",
+        metavar="N",
         type=click.IntRange(min=1),
-        help="Stop after this many tokens.",
+        help="Stop after this many tokens. Default: 256, in a chat the rest of the context.",
     ),
     option(
         "-t",
         "--temperature",
+        metavar="X",
         type=click.FloatRange(min=0),
         help="0 always takes the likeliest token; higher is more varied.",
     ),
     option(
-        "--top-k", type=click.IntRange(min=0), help="Draw from the K likeliest tokens. 0 = all."
+        "--top-k",
+        metavar="N",
+        type=click.IntRange(min=0),
+        help="Draw from the K likeliest tokens. 0 = all.",
     ),
     option(
         "--top-p",
+        metavar="X",
         type=click.FloatRange(min=0, max=1, min_open=True),
         help="Draw from the likeliest tokens that hold this much probability.",
     ),
     option(
         "--min-p",
+        metavar="X",
         type=click.FloatRange(min=0, max=1),
         help="Drop tokens less likely than this part of the likeliest.",
     ),
     option(
         "--repetition-penalty",
+        metavar="X",
         type=click.FloatRange(min=0, min_open=True),
         help="Above 1: make tokens that occurred before less likely.",
     ),
-    option("--seed", type=click.IntRange(min=0), help="The same seed gives the same text."),
+    option(
+        "--seed", metavar="N", type=click.IntRange(min=0), help="The same seed gives the same text."
+    ),
     option(
         "--stop",
         type=OneString(),

@@ -54,16 +54,16 @@ def run(
     quiet: bool,
     **options: Any,
 ) -> None:
-    r"""Continue a prompt and print the text.
+    """Continue a prompt and print the text.
 
     Text on stdin is prompt too: alone, or before PROMPT, which then follows on a new line. The last
-    line end of stdin is dropped.
+    line end of stdin is dropped. Options that are not given are as the model says: see bitllm info.
 
     \b
     bitllm run "The list"
     bitllm run -m microsoft/bitnet-b1.58-2B-4T --chat "Why is the sky blue?"
     bitllm run -m ORG/NAME --chat "Sum this up in one sentence." < notes.txt
-    """
+    """  # noqa: D301
     text = compose(read_stdin(), prompt)
     if text is None:
         raise click.UsageError("no prompt: give it as an argument or on stdin")
