@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bitllm.cli.terminal import emit, progress
+from bitllm.cli.terminal import emit, waiting
 
 if TYPE_CHECKING:
     from bitllm.backends.base import DecoderInfo
@@ -37,7 +37,7 @@ def show(chunks: Iterator[Chunk]) -> Answer:
     """Write each chunk to stdout as it comes, then end the line; Ctrl-C ends the answer only."""
     answer = Answer()
     try:
-        with progress("reading the prompt"):
+        with waiting("reading the prompt"):
             chunk = next(chunks, None)
         while chunk is not None:
             emit(chunk.text, end="")

@@ -30,8 +30,8 @@ def load_model(ref: str | None, options: Mapping[str, Any]) -> LLM:
     """Load a model, with a progress bar if that takes long and a terminal shows it."""
     from bitllm.engine.loading import load
 
-    with progress("loading"):
-        return load(ref, **options)
+    with progress("loading") as advance:
+        return load(ref, progress=advance, **options)
 
 
 def resident_bytes() -> int | None:

@@ -20,7 +20,7 @@ from bitllm.cli.options import (
     sampling_options,
     verbose_option,
 )
-from bitllm.cli.terminal import emit, emit_json, note, progress
+from bitllm.cli.terminal import emit, emit_json, note, waiting
 
 if TYPE_CHECKING:
     from bitllm.cli.conversation import Message
@@ -96,7 +96,7 @@ def _stream(llm: LLM, prompt: str | list[Message], sampling: dict[str, Any]) -> 
 def _complete(
     llm: LLM, prompt: str | list[Message], sampling: dict[str, Any], as_json: bool
 ) -> Usage:
-    with progress("writing"):
+    with waiting("writing"):
         if isinstance(prompt, str):
             completion = llm.generate(prompt, **sampling)
         else:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
@@ -24,6 +25,7 @@ __all__ = [
     "progress",
     "tolerate_narrow_encodings",
     "use_color",
+    "waiting",
 ]
 
 PROGRESS_DELAY_S = 0.3
@@ -81,7 +83,7 @@ def tolerate_narrow_encodings() -> None:
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show on stderr that work goes on; yield `advance(done, total)` for work that can be counted.
+    """Yield `advance(done, total)`, which draws a bar on stderr for work that can be counted.
 
     Nothing is drawn unless stderr is a terminal and the work outlasts `PROGRESS_DELAY_S`; what is
     drawn is gone when the block ends. rich is imported only to draw.
@@ -96,46 +98,55 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         bar.close()
 
 
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """Show a moving bar on stderr while the block runs, by the same rules as `progress`."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    bar = _Bar(label)
+    timer = threading.Timer(PROGRESS_DELAY_S, bar.draw)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        bar.close()
+
+
 class _Bar:
-    """A transient bar that appears only once the work has taken a while."""
+    """A transient bar, drawn once by whichever thread comes first and never after `close`."""
 
     def __init__(self, label: str) -> None:
         self._label = label
+        self._start = time.monotonic()
         self._lock = threading.Lock()
         self._closed = False
         self._bars: Progress | None = None
-        self._count: tuple[int, int] | None = None
-        self._timer = threading.Timer(PROGRESS_DELAY_S, self._draw)
-        self._timer.daemon = True
-        self._timer.start()
 
     def advance(self, done: int, total: int) -> None:
         """Say that `done` of `total` pieces are finished."""
-        with self._lock:
-            self._count = (done, total)
-            self._update()
+        if self._bars is None and time.monotonic() - self._start >= PROGRESS_DELAY_S:
+            self.draw()
+        if self._bars is not None:
+            self._bars.update(self._bars.task_ids[0], completed=done, total=total)
 
-    def close(self) -> None:
-        """Remove the bar."""
-        self._timer.cancel()
-        with self._lock:
-            self._closed = True
-            if self._bars is not None:
-                self._bars.stop()
-
-    def _draw(self) -> None:
+    def draw(self) -> None:
+        """Begin to show the bar."""
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with self._lock:
-            if not self._closed:
+            if self._bars is None and not self._closed:
                 self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
                 self._bars.add_task(self._label, total=None)
                 self._bars.start()
-                self._update()
 
-    def _update(self) -> None:
-        if self._bars is not None and self._count is not None:
-            done, total = self._count
-            self._bars.update(self._bars.task_ids[0], completed=done, total=total)
+    def close(self) -> None:
+        """Remove the bar."""
+        with self._lock:
+            self._closed = True
+            if self._bars is not None:
+                self._bars.stop()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TypedDict, Unpack
 
 from bitllm.backends import get_backend
 from bitllm.backends.base import LoadOptions
+from bitllm.checkpoint import Checkpoint, DenseTensor, TensorSource, TernaryMatrix
 from bitllm.config import EngineOptions, KvDtype, SamplingParams
 from bitllm.engine.llm import LLM
 from bitllm.engine.memory_plan import plan_memory
@@ -42,7 +45,11 @@ class EngineKeywords(TypedDict, total=False):
 
 
 def load(
-    ref: str | None = None, *, revision: str | None = None, **options: Unpack[EngineKeywords]
+    ref: str | None = None,
+    *,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[EngineKeywords],
 ) -> LLM:
     """Load a model and return it ready to write.
 
@@ -52,6 +59,7 @@ def load(
         ref: a local directory or file, "org/name" or "org/name@revision" on the Hugging Face Hub;
             None = the demo model that comes with bitllm (a line on stderr says so).
         revision: branch, tag or commit on the Hub.
+        progress: called with (done, total) after each ternary matrix, the bulk of the work.
         **options: fields of `EngineOptions`.
 
     Raises:
@@ -72,7 +80,7 @@ def load(
     tokenizer = load_tokenizer(files.path)
     defaults = model_defaults(read_generation_config(files.path), tokenizer.stop_ids)
     decoder = backend.load(
-        checkpoint,
+        checkpoint if progress is None else _counted(checkpoint, progress),
         LoadOptions(
             kv_tokens=plan.kv_tokens,
             kv_dtype=settings.kv_dtype,
@@ -90,6 +98,32 @@ def load(
         defaults=defaults,
         plan=plan,
     )
+
+
+class _CountedSource:
+    """A `TensorSource` that tells how many of its ternary matrices have been read."""
+
+    def __init__(
+        self, source: TensorSource, total: int, progress: Callable[[int, int], None]
+    ) -> None:
+        self._source = source
+        self._total = total
+        self._done = 0
+        self._progress = progress
+
+    def dense(self, name: str) -> DenseTensor | None:
+        return self._source.dense(name)
+
+    def ternary(self, name: str) -> TernaryMatrix | None:
+        matrix = self._source.ternary(name)
+        self._done += 1
+        self._progress(self._done, self._total)
+        return matrix
+
+
+def _counted(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Checkpoint:
+    total = sum(1 for _ in checkpoint.spec.linear_names())
+    return replace(checkpoint, source=_CountedSource(checkpoint.source, total, progress))
 
 
 def model_defaults(suggested: GenerationDefaults, stop_ids: frozenset[int]) -> ModelDefaults:
