@@ -1,8 +1,10 @@
-// The extension module bitllm._native: checks arrays, releases the GIL, calls the core. Nothing else.
+// The extension module bitllm._native: checks arrays, releases the GIL, calls the core. Nothing
+// else.
 //
-// Every array argument is .noconvert(): a converted copy of an output would leave the caller's array untouched.
-// C++ exceptions become ValueError (invalid_argument, domain_error), IndexError (out_of_range) and
-// MemoryError (bad_alloc); bitllm.backends.cpu and bitllm.ops turn these into bitllm's own.
+// Every array argument is .noconvert(): a converted copy of an output would leave the caller's
+// array untouched. C++ exceptions become ValueError (invalid_argument, domain_error), IndexError
+// (out_of_range) and MemoryError (bad_alloc); bitllm.backends.cpu and bitllm.ops turn these into
+// bitllm's own.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -49,7 +51,8 @@ const Kernels& kernels_named(const std::string& name) {
 
 // The index of `text` among `names`, as an enumerator.
 template <class Enum>
-Enum enumerator(const std::string& text, std::initializer_list<const char*> names, const char* what) {
+Enum enumerator(const std::string& text, std::initializer_list<const char*> names,
+                const char* what) {
     int index = 0;
     for (const char* name : names) {
         if (text == name) return static_cast<Enum>(index);
@@ -68,8 +71,8 @@ LinearName linear_name(const std::string& text) {
 
 VectorName vector_name(const std::string& text) {
     return enumerator<VectorName>(text,
-                                  {"attn_norm", "ffn_norm", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm",
-                                   "post_attn_norm", "post_ffn_norm"},
+                                  {"attn_norm", "ffn_norm", "attn_sub_norm", "ffn_sub_norm",
+                                   "q_norm", "k_norm", "post_attn_norm", "post_ffn_norm"},
                                   "vector");
 }
 
@@ -81,7 +84,8 @@ class BoundDecoder {
 
     DenseMatrix borrow(const AnyMatrix& array, const std::string& dtype) {
         const FloatType type = float_type(dtype);
-        require(array.itemsize() == (type == FloatType::F32 ? 4 : 2), "the array's items are not " + dtype);
+        require(array.itemsize() == (type == FloatType::F32 ? 4 : 2),
+                "the array's items are not " + dtype);
         require(array.shape(0) == model_.vocab && array.shape(1) == model_.hidden,
                 "embedding and head must be [vocabulary, hidden]");
         borrowed_.push_back(array);
@@ -102,16 +106,19 @@ using F32 = Vector<const float>;
 
 SamplePlan plan_of(const F32& temperature, const I32& top_k, const F32& top_p, const F32& min_p,
                    const Vector<const uint64_t>& seed, const I32& choice, const I32& position,
-                   const I32& top_logprobs, const F32& repetition_penalty, const F32& frequency_penalty,
-                   const F32& presence_penalty, const I32& seen_offsets, const I32& seen_ids,
-                   const I32& seen_counts, const I32& bias_offsets, const I32& bias_ids, const F32& bias_values,
+                   const I32& top_logprobs, const F32& repetition_penalty,
+                   const F32& frequency_penalty, const F32& presence_penalty,
+                   const I32& seen_offsets, const I32& seen_ids, const I32& seen_counts,
+                   const I32& bias_offsets, const I32& bias_ids, const F32& bias_values,
                    const Matrix<const uint32_t>& mask, const I32& mask_rows) {
     const size_t n = temperature.shape(0);
     for (const size_t length :
-         {top_k.shape(0), top_p.shape(0), min_p.shape(0), seed.shape(0), choice.shape(0), position.shape(0),
-          top_logprobs.shape(0), repetition_penalty.shape(0), frequency_penalty.shape(0),
-          presence_penalty.shape(0), mask_rows.shape(0), seen_offsets.shape(0) - 1, bias_offsets.shape(0) - 1})
-        require(length == n, "the arrays of a plan must have one entry for each row, offsets one more");
+         {top_k.shape(0), top_p.shape(0), min_p.shape(0), seed.shape(0), choice.shape(0),
+          position.shape(0), top_logprobs.shape(0), repetition_penalty.shape(0),
+          frequency_penalty.shape(0), presence_penalty.shape(0), mask_rows.shape(0),
+          seen_offsets.shape(0) - 1, bias_offsets.shape(0) - 1})
+        require(length == n,
+                "the arrays of a plan must have one entry for each row, offsets one more");
     require(seen_ids.shape(0) == seen_counts.shape(0), "seen_ids and seen_counts differ in length");
     require(bias_ids.shape(0) == bias_values.shape(0), "bias_ids and bias_values differ in length");
     SamplePlan plan;
@@ -142,17 +149,21 @@ SamplePlan plan_of(const F32& temperature, const I32& top_k, const F32& top_p, c
     return plan;
 }
 
-void forward(BoundDecoder& decoder, const I32& token_ids, const I32& positions, const I32& run_offsets,
-             const Matrix<const int32_t>& block_tables, const I32& adapter_slots, const I32& output_rows,
-             const Vector<const uint8_t>& output_kinds, const I32& score_targets, const I32& score_top_n,
-             const F32& temperature, const I32& top_k, const F32& top_p, const F32& min_p,
-             const Vector<const uint64_t>& seed, const I32& choice, const I32& position, const I32& top_logprobs,
-             const F32& repetition_penalty, const F32& frequency_penalty, const F32& presence_penalty,
-             const I32& seen_offsets, const I32& seen_ids, const I32& seen_counts, const I32& bias_offsets,
-             const I32& bias_ids, const F32& bias_values, const Matrix<const uint32_t>& mask, const I32& mask_rows,
-             const Matrix<float>& hidden, const Matrix<float>& logits, const Vector<int32_t>& sampled,
-             const Vector<float>& logprobs, const Matrix<int32_t>& top_ids, const Matrix<float>& top_values) {
-    require(block_tables.shape(0) + 1 == run_offsets.shape(0), "block_tables must have one row for each run");
+void forward(BoundDecoder& decoder, const I32& token_ids, const I32& positions,
+             const I32& run_offsets, const Matrix<const int32_t>& block_tables,
+             const I32& adapter_slots, const I32& output_rows,
+             const Vector<const uint8_t>& output_kinds, const I32& score_targets,
+             const I32& score_top_n, const F32& temperature, const I32& top_k, const F32& top_p,
+             const F32& min_p, const Vector<const uint64_t>& seed, const I32& choice,
+             const I32& position, const I32& top_logprobs, const F32& repetition_penalty,
+             const F32& frequency_penalty, const F32& presence_penalty, const I32& seen_offsets,
+             const I32& seen_ids, const I32& seen_counts, const I32& bias_offsets,
+             const I32& bias_ids, const F32& bias_values, const Matrix<const uint32_t>& mask,
+             const I32& mask_rows, const Matrix<float>& hidden, const Matrix<float>& logits,
+             const Vector<int32_t>& sampled, const Vector<float>& logprobs,
+             const Matrix<int32_t>& top_ids, const Matrix<float>& top_values) {
+    require(block_tables.shape(0) + 1 == run_offsets.shape(0),
+            "block_tables must have one row for each run");
     StepInput input;
     input.token_ids = span_of(token_ids);
     input.positions = span_of(positions);
@@ -164,18 +175,24 @@ void forward(BoundDecoder& decoder, const I32& token_ids, const I32& positions, 
     input.output_kinds = span_of(output_kinds);
     input.score_targets = span_of(score_targets);
     input.score_top_n = span_of(score_top_n);
-    input.plan = plan_of(temperature, top_k, top_p, min_p, seed, choice, position, top_logprobs, repetition_penalty,
-                         frequency_penalty, presence_penalty, seen_offsets, seen_ids, seen_counts, bias_offsets,
-                         bias_ids, bias_values, mask, mask_rows);
+    input.plan =
+        plan_of(temperature, top_k, top_p, min_p, seed, choice, position, top_logprobs,
+                repetition_penalty, frequency_penalty, presence_penalty, seen_offsets, seen_ids,
+                seen_counts, bias_offsets, bias_ids, bias_values, mask, mask_rows);
 
     size_t counts[4] = {};
-    for (const uint8_t kind : input.output_kinds) ++counts[kind % 4];  // the core refuses other kinds
+    for (const uint8_t kind : input.output_kinds)
+        ++counts[kind % 4];  // the core refuses other kinds
     const size_t scored = counts[2] + counts[3];
     const ModelConfig& model = decoder.model();
-    require(hidden.shape(0) == counts[0] && hidden.shape(1) == model.hidden, "hidden has the wrong shape");
-    require(logits.shape(0) == counts[1] && logits.shape(1) == model.vocab, "logits have the wrong shape");
-    require(sampled.shape(0) == counts[3] && logprobs.shape(0) == scored, "sampled or logprobs: wrong length");
-    require(top_ids.shape(0) == scored && top_values.shape(0) == scored && top_ids.shape(1) == top_values.shape(1),
+    require(hidden.shape(0) == counts[0] && hidden.shape(1) == model.hidden,
+            "hidden has the wrong shape");
+    require(logits.shape(0) == counts[1] && logits.shape(1) == model.vocab,
+            "logits have the wrong shape");
+    require(sampled.shape(0) == counts[3] && logprobs.shape(0) == scored,
+            "sampled or logprobs: wrong length");
+    require(top_ids.shape(0) == scored && top_values.shape(0) == scored &&
+                top_ids.shape(1) == top_values.shape(1),
             "top_ids or top_logprobs have the wrong shape");
     const StepOutput output{hidden.data(),  logits.data(),     sampled.data(),  logprobs.data(),
                             top_ids.data(), top_values.data(), top_ids.shape(1)};
@@ -184,28 +201,34 @@ void forward(BoundDecoder& decoder, const I32& token_ids, const I32& positions, 
 }
 
 void bind_decoder(nb::module_& module) {
-    nb::class_<BoundDecoder>(module, "Decoder", "A model on the CPU: built piece by piece, then prepare()d.")
+    nb::class_<BoundDecoder>(module, "Decoder",
+                             "A model on the CPU: built piece by piece, then prepare()d.")
         .def(
             "__init__",
-            [](BoundDecoder* self, const std::string& isa, size_t vocab, size_t hidden, float norm_eps,
-               float embedding_scale, size_t kv_blocks, const std::string& kv_dtype, int threads,
-               size_t max_batch_tokens) {
-                new (self) BoundDecoder(isa, {vocab, hidden, norm_eps, embedding_scale},
-                                        {kv_blocks, float_type(kv_dtype), threads, max_batch_tokens});
+            [](BoundDecoder* self, const std::string& isa, size_t vocab, size_t hidden,
+               float norm_eps, float embedding_scale, size_t kv_blocks, const std::string& kv_dtype,
+               int threads, size_t max_batch_tokens) {
+                new (self)
+                    BoundDecoder(isa, {vocab, hidden, norm_eps, embedding_scale},
+                                 {kv_blocks, float_type(kv_dtype), threads, max_batch_tokens});
             },
-            nb::kw_only(), "isa"_a, "vocab"_a, "hidden"_a, "norm_eps"_a, "embedding_scale"_a, "kv_blocks"_a,
-            "kv_dtype"_a, "threads"_a, "max_batch_tokens"_a)
+            nb::kw_only(), "isa"_a, "vocab"_a, "hidden"_a, "norm_eps"_a, "embedding_scale"_a,
+            "kv_blocks"_a, "kv_dtype"_a, "threads"_a, "max_batch_tokens"_a)
         .def(
             "add_layer",
-            [](BoundDecoder& self, size_t heads, size_t kv_heads, size_t head_dim, const std::string& activation,
-               float norm_eps, float query_scale, size_t window, const F32& inverse_frequencies) {
+            [](BoundDecoder& self, size_t heads, size_t kv_heads, size_t head_dim,
+               const std::string& activation, float norm_eps, float query_scale, size_t window,
+               const F32& inverse_frequencies) {
                 const auto span = span_of(inverse_frequencies);
-                const auto act = enumerator<Activation>(activation, {"relu2", "silu", "gelu_tanh"}, "activation");
-                return self.core().add_layer({heads, kv_heads, head_dim, act, norm_eps, query_scale, window,
+                const auto act = enumerator<Activation>(activation, {"relu2", "silu", "gelu_tanh"},
+                                                        "activation");
+                return self.core().add_layer({heads, kv_heads, head_dim, act, norm_eps, query_scale,
+                                              window,
                                               std::vector<float>(span.begin(), span.end())});
             },
-            nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "activation"_a, "norm_eps"_a, "query_scale"_a,
-            "window"_a, "inverse_frequencies"_a.noconvert(), "Append a layer and return its index.")
+            nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "activation"_a, "norm_eps"_a,
+            "query_scale"_a, "window"_a, "inverse_frequencies"_a.noconvert(),
+            "Append a layer and return its index.")
         .def(
             "set_embedding",
             [](BoundDecoder& self, const AnyMatrix& array, const std::string& dtype) {
@@ -227,21 +250,25 @@ void bind_decoder(nb::module_& module) {
             [](BoundDecoder& self, size_t layer, const std::string& name, const F32& values) {
                 self.core().set_vector(layer, vector_name(name), span_of(values));
             },
-            "layer"_a, "name"_a, "values"_a.noconvert(), "Copy a norm of a layer, by its canonical name.")
+            "layer"_a, "name"_a, "values"_a.noconvert(),
+            "Copy a norm of a layer, by its canonical name.")
         .def(
             "set_linear",
-            [](BoundDecoder& self, size_t layer, const std::string& name, const Matrix<const uint8_t>& packed,
-               size_t in_features, const F32& scales) {
+            [](BoundDecoder& self, size_t layer, const std::string& name,
+               const Matrix<const uint8_t>& packed, size_t in_features, const F32& scales) {
                 const LinearName which = linear_name(name);
-                require(packed.shape(1) == canonical_row_bytes(in_features), "packed rows have the wrong length");
+                require(packed.shape(1) == canonical_row_bytes(in_features),
+                        "packed rows have the wrong length");
                 const nb::gil_scoped_release released;
-                self.core().set_linear(layer, which, packed.data(), packed.shape(0), in_features, span_of(scales));
+                self.core().set_linear(layer, which, packed.data(), packed.shape(0), in_features,
+                                       span_of(scales));
             },
             "layer"_a, "name"_a, "packed"_a.noconvert(), "in_features"_a, "scales"_a.noconvert(),
             "Repack a matrix from the canonical packing.")
         .def(
             "set_linear_norm",
-            [](BoundDecoder& self, size_t layer, const std::string& name, const F32& gain, float eps) {
+            [](BoundDecoder& self, size_t layer, const std::string& name, const F32& gain,
+               float eps) {
                 self.core().set_linear_norm(layer, linear_name(name), span_of(gain), eps);
             },
             "layer"_a, "name"_a, "gain"_a.noconvert(), "eps"_a)
@@ -251,19 +278,24 @@ void bind_decoder(nb::module_& module) {
                 self.core().set_linear_bias(layer, linear_name(name), span_of(bias));
             },
             "layer"_a, "name"_a, "bias"_a.noconvert())
-        .def("prepare", [](BoundDecoder& self) { self.core().prepare(); },
-             "Check that the model is whole; take KV storage and scratch.")
-        .def("forward", &forward, "token_ids"_a.noconvert(), "positions"_a.noconvert(), "run_offsets"_a.noconvert(),
-             "block_tables"_a.noconvert(), "adapter_slots"_a.noconvert(), "output_rows"_a.noconvert(), "output_kinds"_a.noconvert(),
-             "score_targets"_a.noconvert(), "score_top_n"_a.noconvert(), "temperature"_a.noconvert(),
-             "top_k"_a.noconvert(), "top_p"_a.noconvert(), "min_p"_a.noconvert(), "seed"_a.noconvert(),
+        .def(
+            "prepare", [](BoundDecoder& self) { self.core().prepare(); },
+            "Check that the model is whole; take KV storage and scratch.")
+        .def("forward", &forward, "token_ids"_a.noconvert(), "positions"_a.noconvert(),
+             "run_offsets"_a.noconvert(), "block_tables"_a.noconvert(),
+             "adapter_slots"_a.noconvert(), "output_rows"_a.noconvert(),
+             "output_kinds"_a.noconvert(), "score_targets"_a.noconvert(),
+             "score_top_n"_a.noconvert(), "temperature"_a.noconvert(), "top_k"_a.noconvert(),
+             "top_p"_a.noconvert(), "min_p"_a.noconvert(), "seed"_a.noconvert(),
              "choice"_a.noconvert(), "position"_a.noconvert(), "top_logprobs"_a.noconvert(),
              "repetition_penalty"_a.noconvert(), "frequency_penalty"_a.noconvert(),
-             "presence_penalty"_a.noconvert(), "seen_offsets"_a.noconvert(), "seen_ids"_a.noconvert(),
-             "seen_counts"_a.noconvert(), "bias_offsets"_a.noconvert(), "bias_ids"_a.noconvert(),
-             "bias_values"_a.noconvert(), "mask"_a.noconvert(), "mask_rows"_a.noconvert(), "hidden"_a.noconvert(),
-             "logits"_a.noconvert(), "sampled"_a.noconvert(), "logprobs"_a.noconvert(), "top_ids"_a.noconvert(),
-             "top_values"_a.noconvert(), "One step: Batch, SamplePlan, then the arrays of StepOutput to fill.")
+             "presence_penalty"_a.noconvert(), "seen_offsets"_a.noconvert(),
+             "seen_ids"_a.noconvert(), "seen_counts"_a.noconvert(), "bias_offsets"_a.noconvert(),
+             "bias_ids"_a.noconvert(), "bias_values"_a.noconvert(), "mask"_a.noconvert(),
+             "mask_rows"_a.noconvert(), "hidden"_a.noconvert(), "logits"_a.noconvert(),
+             "sampled"_a.noconvert(), "logprobs"_a.noconvert(), "top_ids"_a.noconvert(),
+             "top_values"_a.noconvert(),
+             "One step: Batch, SamplePlan, then the arrays of StepOutput to fill.")
         .def(
             "copy_blocks",
             [](BoundDecoder& self, const Matrix<const int32_t>& pairs) {
@@ -275,8 +307,9 @@ void bind_decoder(nb::module_& module) {
         .def(
             "read_blocks",
             [](BoundDecoder& self, const I32& blocks, const Matrix<uint8_t>& out) {
-                require(out.shape(0) == blocks.shape(0) && out.shape(1) == self.core().kv_block_bytes(),
-                        "out must be [blocks, bytes per block]");
+                require(
+                    out.shape(0) == blocks.shape(0) && out.shape(1) == self.core().kv_block_bytes(),
+                    "out must be [blocks, bytes per block]");
                 const nb::gil_scoped_release released;
                 self.core().read_blocks(span_of(blocks), reinterpret_cast<std::byte*>(out.data()));
             },
@@ -284,22 +317,27 @@ void bind_decoder(nb::module_& module) {
         .def(
             "write_blocks",
             [](BoundDecoder& self, const I32& blocks, const Matrix<const uint8_t>& data) {
-                require(data.shape(0) == blocks.shape(0) && data.shape(1) == self.core().kv_block_bytes(),
+                require(data.shape(0) == blocks.shape(0) &&
+                            data.shape(1) == self.core().kv_block_bytes(),
                         "data must be [blocks, bytes per block]");
                 const nb::gil_scoped_release released;
-                self.core().write_blocks(span_of(blocks), reinterpret_cast<const std::byte*>(data.data()));
+                self.core().write_blocks(span_of(blocks),
+                                         reinterpret_cast<const std::byte*>(data.data()));
             },
             "blocks"_a.noconvert(), "data"_a.noconvert())
         .def_prop_ro("kv_blocks", [](BoundDecoder& self) { return self.core().kv_blocks(); })
-        .def_prop_ro("kv_block_bytes", [](BoundDecoder& self) { return self.core().kv_block_bytes(); })
+        .def_prop_ro("kv_block_bytes",
+                     [](BoundDecoder& self) { return self.core().kv_block_bytes(); })
         .def_prop_ro("kv_bytes", [](BoundDecoder& self) { return self.core().kv_bytes(); })
-        .def_prop_ro("scratch_bytes", [](BoundDecoder& self) { return self.core().scratch_bytes(); })
+        .def_prop_ro("scratch_bytes",
+                     [](BoundDecoder& self) { return self.core().scratch_bytes(); })
         .def_prop_ro("weight_bytes", [](BoundDecoder& self) { return self.core().weight_bytes(); });
 }
 
-// Single products: rows are repacked a tile at a time, so that no second copy of the matrix is needed.
-void multiply_canonical(const Kernels& kernels, const Matrix<const uint8_t>& packed, const Matrix<const int8_t>& q,
-                        const Matrix<int32_t>& out) {
+// Single products: rows are repacked a tile at a time, so that no second copy of the matrix is
+// needed.
+void multiply_canonical(const Kernels& kernels, const Matrix<const uint8_t>& packed,
+                        const Matrix<const int8_t>& q, const Matrix<int32_t>& out) {
     constexpr size_t ROWS = 256;
     const size_t rows = packed.shape(0), tokens = q.shape(0), k = q.shape(1);
     std::vector<int8_t> padded(tokens * padded_columns(k));
@@ -314,17 +352,20 @@ void multiply_canonical(const Kernels& kernels, const Matrix<const uint8_t>& pac
         const uint8_t* canonical = packed.data() + row * canonical_row_bytes(k);
         if (!repack_rows(canonical, k, 0, height, tile.data()))
             throw std::domain_error("packed weights hold the bits 11, which are no ternary code");
-        kernels.ternary_matmul(tile.data(), height, k, padded.data(), sums.data(), tokens, out.data() + row, rows);
+        kernels.ternary_matmul(tile.data(), height, k, padded.data(), sums.data(), tokens,
+                               out.data() + row, rows);
     }
 }
 
 void bind_ops(nb::module_& module) {
     module.def(
         "quantize_activations",
-        [](const Matrix<const float>& x, const Matrix<int8_t>& q, const Vector<float>& a, const std::string& isa) {
+        [](const Matrix<const float>& x, const Matrix<int8_t>& q, const Vector<float>& a,
+           const std::string& isa) {
             const Kernels& kernels = kernels_named(isa);
             const size_t rows = x.shape(0), n = x.shape(1);
-            require(q.shape(0) == rows && q.shape(1) == n && a.shape(0) == rows, "q and a must fit x");
+            require(q.shape(0) == rows && q.shape(1) == n && a.shape(0) == rows,
+                    "q and a must fit x");
             const nb::gil_scoped_release released;
             const FloatControlScope control;
             std::vector<int8_t> padded(padded_columns(n));
@@ -337,11 +378,11 @@ void bind_ops(nb::module_& module) {
         "x"_a.noconvert(), "q"_a.noconvert(), "a"_a.noconvert(), "isa"_a);
     module.def(
         "ternary_matmul",
-        [](const Matrix<const uint8_t>& packed, const Matrix<const int8_t>& q, const Matrix<int32_t>& out,
-           const std::string& isa) {
+        [](const Matrix<const uint8_t>& packed, const Matrix<const int8_t>& q,
+           const Matrix<int32_t>& out, const std::string& isa) {
             const Kernels& kernels = kernels_named(isa);
-            require(packed.shape(1) == canonical_row_bytes(q.shape(1)) && out.shape(0) == q.shape(0) &&
-                        out.shape(1) == packed.shape(0),
+            require(packed.shape(1) == canonical_row_bytes(q.shape(1)) &&
+                        out.shape(0) == q.shape(0) && out.shape(1) == packed.shape(0),
                     "packed, q and out do not fit each other");
             const nb::gil_scoped_release released;
             multiply_canonical(kernels, packed, q, out);
@@ -366,7 +407,8 @@ void bind_ops(nb::module_& module) {
                     "packed must be [rows, columns / 4]");
             const nb::gil_scoped_release released;
             if (!unpack_rows(packed.data(), rows, columns, codes.data()))
-                throw std::domain_error("packed weights hold the bits 11, which are no ternary code");
+                throw std::domain_error(
+                    "packed weights hold the bits 11, which are no ternary code");
         },
         "packed"_a.noconvert(), "codes"_a.noconvert());
 }
@@ -389,8 +431,10 @@ void bind_numerics(nb::module_& module) {
         "x"_a.noconvert(), "out"_a.noconvert());
     module.def(
         "sincos_f64",
-        [](const Vector<const double>& x, const Vector<double>& sines, const Vector<double>& cosines) {
-            require(x.shape(0) == sines.shape(0) && x.shape(0) == cosines.shape(0), "lengths differ");
+        [](const Vector<const double>& x, const Vector<double>& sines,
+           const Vector<double>& cosines) {
+            require(x.shape(0) == sines.shape(0) && x.shape(0) == cosines.shape(0),
+                    "lengths differ");
             for (size_t i = 0; i < x.shape(0); ++i) {
                 const SinCos turn = sincos_f64(x.data()[i]);
                 sines.data()[i] = turn.sine;
@@ -410,8 +454,9 @@ void bind_numerics(nb::module_& module) {
             }
         },
         "seed"_a, "choice"_a, "position"_a, "ids"_a.noconvert(), "out"_a.noconvert());
-    module.def("lane_sum", [](const F32& values) { return lane_sum(values.data(), values.shape(0)); },
-               "values"_a.noconvert());
+    module.def(
+        "lane_sum", [](const F32& values) { return lane_sum(values.data(), values.shape(0)); },
+        "values"_a.noconvert());
 }
 
 void bind_machine(nb::module_& module) {
@@ -443,16 +488,19 @@ void bind_machine(nb::module_& module) {
             return names;
         },
         "The kernel sets this machine runs, best first.");
-    module.def("available_memory", &available_memory, "Bytes that can still be allocated; 0 = unknown.");
+    module.def("available_memory", &available_memory,
+               "Bytes that can still be allocated; 0 = unknown.");
     module.def("resident_bytes", &resident_bytes, "Bytes of this process in RAM; 0 = unknown.");
-    module.def("resident_file_bytes", &resident_file_bytes, "Those of them that are pages of files.");
+    module.def("resident_file_bytes", &resident_file_bytes,
+               "Those of them that are pages of files.");
     module.def(
         "read_bandwidth",
         [](int threads, size_t nbytes) {
             const nb::gil_scoped_release released;
             return read_bandwidth(threads, nbytes);
         },
-        "threads"_a, "nbytes"_a, "Bytes a second at which the threads together read a buffer of main memory.");
+        "threads"_a, "nbytes"_a,
+        "Bytes a second at which the threads together read a buffer of main memory.");
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Building a decoder, its KV storage, and the checks of a batch; the step itself is in decoder_step.cpp.
+// Building a decoder, its KV storage, and the checks of a batch; the step itself is in
+// decoder_step.cpp.
 #include "decoder.h"
 
 #include <algorithm>
@@ -26,28 +27,37 @@ void demand(bool holds, const char* text) {
 }
 
 bool rises_to(std::span<const int32_t> offsets, size_t end) {
-    return !offsets.empty() && offsets.front() == 0 && std::is_sorted(offsets.begin(), offsets.end()) &&
+    return !offsets.empty() && offsets.front() == 0 &&
+           std::is_sorted(offsets.begin(), offsets.end()) &&
            static_cast<size_t>(offsets.back()) == end;
 }
 
 bool all_below(const int32_t* values, size_t count, size_t bound) {
-    return std::all_of(values, values + count,
-                       [bound](int32_t value) { return value >= 0 && static_cast<size_t>(value) < bound; });
+    return std::all_of(values, values + count, [bound](int32_t value) {
+        return value >= 0 && static_cast<size_t>(value) < bound;
+    });
 }
 
 }  // namespace
 
 Decoder::Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime)
-    : kernels_(kernels), model_(model), runtime_(runtime), crowd_(shared_pool(runtime.threads)), solo_(shared_pool(1)) {
+    : kernels_(kernels),
+      model_(model),
+      runtime_(runtime),
+      crowd_(shared_pool(runtime.threads)),
+      solo_(shared_pool(1)) {
     demand(model.vocab > 0 && model.hidden > 0, "vocabulary and hidden size must be positive");
-    demand(runtime.kv_blocks > 0 && runtime.max_batch_tokens > 0, "KV blocks and token rows must be positive");
+    demand(runtime.kv_blocks > 0 && runtime.max_batch_tokens > 0,
+           "KV blocks and token rows must be positive");
     demand(runtime.kv_type != FloatType::F16, "KV storage is bf16 or fp32");
 }
 
 size_t Decoder::add_layer(LayerConfig config) {
-    demand(config.heads > 0 && config.kv_heads > 0 && config.head_dim > 0 && config.heads % config.kv_heads == 0,
+    demand(config.heads > 0 && config.kv_heads > 0 && config.head_dim > 0 &&
+               config.heads % config.kv_heads == 0,
            "attention heads cannot share these KV heads");
-    demand(2 * config.inverse_frequencies.size() <= config.head_dim, "RoPE turns more than a head has");
+    demand(2 * config.inverse_frequencies.size() <= config.head_dim,
+           "RoPE turns more than a head has");
     Layer layer;
     while (layer.rope_table < rope_tables_.size() &&
            rope_tables_[layer.rope_table].inverse_frequencies != config.inverse_frequencies)
@@ -69,7 +79,8 @@ Linear& Decoder::linear_at(size_t layer, LinearName name) {
 }
 
 void Decoder::set_final_norm(std::span<const float> gain) {
-    demand(gain.size() == model_.hidden, "the final norm must have one gain for each hidden dimension");
+    demand(gain.size() == model_.hidden,
+           "the final norm must have one gain for each hidden dimension");
     final_norm_.assign(gain.begin(), gain.end());
 }
 
@@ -77,11 +88,13 @@ void Decoder::set_vector(size_t layer, VectorName name, std::span<const float> v
     layer_at(layer).vectors[static_cast<size_t>(name)].assign(values.begin(), values.end());
 }
 
-void Decoder::set_linear(size_t layer, LinearName name, const uint8_t* canonical, size_t out, size_t in,
-                         std::span<const float> scales) {
+void Decoder::set_linear(size_t layer, LinearName name, const uint8_t* canonical, size_t out,
+                         size_t in, std::span<const float> scales) {
     Linear& linear = linear_at(layer, name);
-    demand(out > 0 && in > 0 && in <= LARGEST_INPUT, "a ternary matrix is empty or has too many columns");
-    demand(scales.size() == 1 || scales.size() == out, "a ternary matrix needs one scale, or one a row");
+    demand(out > 0 && in > 0 && in <= LARGEST_INPUT,
+           "a ternary matrix is empty or has too many columns");
+    demand(scales.size() == 1 || scales.size() == out,
+           "a ternary matrix needs one scale, or one a row");
     const size_t bytes = out * ternary_row_bytes(in);
     linear.out = out;
     linear.in = in;
@@ -93,10 +106,12 @@ void Decoder::set_linear(size_t layer, LinearName name, const uint8_t* canonical
         const Range rows = split(out, worker, workers);
         if (!repack_rows(canonical, in, rows.begin, rows.end, packed)) valid = false;
     });
-    if (!valid) throw std::domain_error("packed weights hold the bits 11, which are no ternary code");
+    if (!valid)
+        throw std::domain_error("packed weights hold the bits 11, which are no ternary code");
 }
 
-void Decoder::set_linear_norm(size_t layer, LinearName name, std::span<const float> gain, float eps) {
+void Decoder::set_linear_norm(size_t layer, LinearName name, std::span<const float> gain,
+                              float eps) {
     Linear& linear = linear_at(layer, name);
     linear.norm.assign(gain.begin(), gain.end());
     linear.norm_eps = eps;
@@ -111,8 +126,9 @@ void Decoder::check_layer(size_t index) const {
     const std::string place = "layer " + std::to_string(index) + ": ";
     const size_t hidden = model_.hidden, ffn = layer.ffn_width();
     const size_t query = layer.query_width(), kv = layer.kv_width();
-    const size_t shapes[LINEAR_COUNT][2] = {{query, hidden}, {kv, hidden},  {kv, hidden}, {hidden, query},
-                                            {ffn, hidden},   {ffn, hidden}, {hidden, ffn}};
+    const size_t shapes[LINEAR_COUNT][2] = {{query, hidden}, {kv, hidden},  {kv, hidden},
+                                            {hidden, query}, {ffn, hidden}, {ffn, hidden},
+                                            {hidden, ffn}};
     for (size_t i = 0; i < LINEAR_COUNT; ++i) {
         const Linear& linear = layer.linears[i];
         if (linear.out == 0 || linear.out != shapes[i][0] || linear.in != shapes[i][1])
@@ -141,7 +157,8 @@ void Decoder::lay_out_kv() {
 }
 
 void Decoder::prepare() {
-    demand(embedding_.data && head_.data && !final_norm_.empty(), "embedding, head or final norm is missing");
+    demand(embedding_.data && head_.data && !final_norm_.empty(),
+           "embedding, head or final norm is missing");
     demand(!layers_.empty(), "a model needs at least one layer");
     for (size_t index = 0; index < layers_.size(); ++index) check_layer(index);
     matrix_work_ = attention_work_ = 0;
@@ -169,30 +186,37 @@ size_t Decoder::weight_bytes() const {
 void Decoder::check(const StepInput& input) const {
     demand(arena_.has_value(), "prepare() was not called");
     const size_t tokens = input.token_ids.size();
-    demand(tokens > 0 && tokens <= runtime_.max_batch_tokens, "a step has no token rows, or too many");
+    demand(tokens > 0 && tokens <= runtime_.max_batch_tokens,
+           "a step has no token rows, or too many");
     demand(input.positions.size() == tokens, "positions must have one entry for each token");
-    demand(rises_to(input.run_offsets, tokens), "run_offsets must rise from 0 to the number of tokens");
+    demand(rises_to(input.run_offsets, tokens),
+           "run_offsets must rise from 0 to the number of tokens");
     demand(input.adapter_slots.size() + 1 == input.run_offsets.size() &&
-               std::all_of(input.adapter_slots.begin(), input.adapter_slots.end(), [](int32_t slot) { return slot == -1; }),
+               std::all_of(input.adapter_slots.begin(), input.adapter_slots.end(),
+                           [](int32_t slot) { return slot == -1; }),
            "adapter_slots must be -1 for each run");
-    demand(all_below(input.token_ids.data(), tokens, model_.vocab), "a token id is outside the vocabulary");
+    demand(all_below(input.token_ids.data(), tokens, model_.vocab),
+           "a token id is outside the vocabulary");
     for (size_t run = 0; run + 1 < input.run_offsets.size(); ++run) {
         const auto begin = static_cast<size_t>(input.run_offsets[run]);
         const auto end = static_cast<size_t>(input.run_offsets[run + 1]);
         demand(begin < end, "a run is empty");
         for (size_t token = begin; token < end; ++token)
             demand(input.positions[token] >= 0 &&
-                       static_cast<size_t>(input.positions[token] - input.positions[begin]) == token - begin,
+                       static_cast<size_t>(input.positions[token] - input.positions[begin]) ==
+                           token - begin,
                    "positions of a run must be consecutive and not negative");
         const size_t blocks = static_cast<size_t>(input.positions[end - 1]) / KV_BLOCK_SIZE + 1;
         demand(blocks <= input.block_table_width &&
-                   all_below(input.block_tables + run * input.block_table_width, blocks, runtime_.kv_blocks),
+                   all_below(input.block_tables + run * input.block_table_width, blocks,
+                             runtime_.kv_blocks),
                "a block table does not name every block up to the last position of its run");
     }
 }
 
 void Decoder::check_outputs(const StepInput& input, const StepOutput& output) const {
-    demand(input.output_rows.size() == input.output_kinds.size(), "output rows and kinds differ in number");
+    demand(input.output_rows.size() == input.output_kinds.size(),
+           "output rows and kinds differ in number");
     demand(all_below(input.output_rows.data(), input.output_rows.size(), input.token_ids.size()),
            "an output row is no token row");
     size_t counts[4] = {};
@@ -205,7 +229,8 @@ void Decoder::check_outputs(const StepInput& input, const StepOutput& output) co
            "score_targets and score_top_n must have one entry for each SCORE request");
     demand(input.plan.count == counts[static_cast<size_t>(OutputKind::SAMPLE)],
            "the plan must have one entry for each SAMPLE request");
-    demand(all_below(input.score_targets.data(), scores, model_.vocab), "a score target is outside the vocabulary");
+    demand(all_below(input.score_targets.data(), scores, model_.vocab),
+           "a score target is outside the vocabulary");
     demand(all_below(input.score_top_n.data(), scores, output.top_width + 1),
            "score_top_n is negative or exceeds the output's width");
     for (size_t i = 0; i < input.plan.count; ++i)
@@ -223,7 +248,8 @@ void Decoder::check_plan(const SamplePlan& plan) const {
         demand(plan.top_p[i] > 0.0f && plan.top_p[i] <= 1.0f, "top_p must lie in (0, 1]");
         demand(plan.min_p[i] >= 0.0f && plan.min_p[i] <= 1.0f, "min_p must lie in [0, 1]");
         demand(plan.repetition_penalty[i] > 0.0f, "repetition_penalty must be positive");
-        demand(plan.choice[i] >= 0 && plan.position[i] >= 0, "choice and position must not be negative");
+        demand(plan.choice[i] >= 0 && plan.position[i] >= 0,
+               "choice and position must not be negative");
         demand(plan.mask_rows[i] >= -1 && plan.mask_rows[i] < static_cast<int64_t>(plan.mask_count),
                "mask_rows names a row that is not there");
     }
@@ -239,23 +265,28 @@ void Decoder::check_plan(const SamplePlan& plan) const {
 
 void Decoder::copy_blocks(const int32_t* pairs, size_t count) {
     const std::lock_guard lock(mutex_);
-    if (!all_below(pairs, 2 * count, kv_->blocks())) throw std::out_of_range("a KV block is not there");
+    if (!all_below(pairs, 2 * count, kv_->blocks()))
+        throw std::out_of_range("a KV block is not there");
     for (size_t i = 0; i < count; ++i)
         kv_->copy(static_cast<size_t>(pairs[2 * i]), static_cast<size_t>(pairs[2 * i + 1]));
 }
 
 void Decoder::read_blocks(std::span<const int32_t> blocks, std::byte* out) {
     const std::lock_guard lock(mutex_);
-    if (!all_below(blocks.data(), blocks.size(), kv_->blocks())) throw std::out_of_range("a KV block is not there");
+    if (!all_below(blocks.data(), blocks.size(), kv_->blocks()))
+        throw std::out_of_range("a KV block is not there");
     for (size_t i = 0; i < blocks.size(); ++i)
-        std::memcpy(out + i * kv_->block_bytes(), kv_->block(static_cast<size_t>(blocks[i])), kv_->block_bytes());
+        std::memcpy(out + i * kv_->block_bytes(), kv_->block(static_cast<size_t>(blocks[i])),
+                    kv_->block_bytes());
 }
 
 void Decoder::write_blocks(std::span<const int32_t> blocks, const std::byte* data) {
     const std::lock_guard lock(mutex_);
-    if (!all_below(blocks.data(), blocks.size(), kv_->blocks())) throw std::out_of_range("a KV block is not there");
+    if (!all_below(blocks.data(), blocks.size(), kv_->blocks()))
+        throw std::out_of_range("a KV block is not there");
     for (size_t i = 0; i < blocks.size(); ++i)
-        std::memcpy(kv_->block(static_cast<size_t>(blocks[i])), data + i * kv_->block_bytes(), kv_->block_bytes());
+        std::memcpy(kv_->block(static_cast<size_t>(blocks[i])), data + i * kv_->block_bytes(),
+                    kv_->block_bytes());
 }
 
 }  // namespace bitllm

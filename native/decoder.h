@@ -1,9 +1,11 @@
-// The decoder step: embedding, all layers, head and sampling for a batch of token runs, in one call.
+// The decoder step: embedding, all layers, head and sampling for a batch of token runs, in one
+// call.
 //
-// Bit-identical results for any thread count, chunking of a prompt, batch composition and instruction set:
-// work is split over threads by rows, tokens and heads only, so no float reduction depends on the split;
-// attention sums over KV blocks of 32 absolute positions, merged in order of position; keys and values are
-// rounded into the cache before attention reads them. The normative text is src/bitllm/backends/reference.
+// Bit-identical results for any thread count, chunking of a prompt, batch composition and
+// instruction set: work is split over threads by rows, tokens and heads only, so no float reduction
+// depends on the split; attention sums over KV blocks of 32 absolute positions, merged in order of
+// position; keys and values are rounded into the cache before attention reads them. The normative
+// text is src/bitllm/backends/reference.
 //
 // A step allocates nothing: its scratch is an arena sized by prepare().
 #pragma once
@@ -39,13 +41,15 @@ struct RuntimeConfig {
     size_t max_batch_tokens = 1;
 };
 
-// A [rows, columns] matrix of floats that somebody else keeps alive: a view of the mapped checkpoint.
+// A [rows, columns] matrix of floats that somebody else keeps alive: a view of the mapped
+// checkpoint.
 struct DenseMatrix {
     const std::byte* data = nullptr;
     FloatType type = FloatType::F32;
 };
 
-// One ternary projection, y = rescale(packed @ quantize(norm(x))) + bias. Empty vectors = not there.
+// One ternary projection, y = rescale(packed @ quantize(norm(x))) + bias. Empty vectors = not
+// there.
 struct Linear {
     size_t out = 0;
     size_t in = 0;
@@ -60,7 +64,14 @@ enum class LinearName : uint8_t { Q, K, V, O, GATE, UP, DOWN };
 inline constexpr size_t LINEAR_COUNT = 7;
 
 enum class VectorName : uint8_t {
-    ATTN_NORM, FFN_NORM, ATTN_SUB_NORM, FFN_SUB_NORM, Q_NORM, K_NORM, POST_ATTN_NORM, POST_FFN_NORM
+    ATTN_NORM,
+    FFN_NORM,
+    ATTN_SUB_NORM,
+    FFN_SUB_NORM,
+    Q_NORM,
+    K_NORM,
+    POST_ATTN_NORM,
+    POST_FFN_NORM
 };
 inline constexpr size_t VECTOR_COUNT = 8;
 
@@ -71,8 +82,9 @@ struct LayerConfig {
     Activation activation = Activation::RELU2;
     float norm_eps = 0.0f;
     float query_scale = 1.0f;
-    size_t window = 0;                       // positions a token sees, itself included; 0 = all
-    std::vector<float> inverse_frequencies;  // of RoPE; turns the first 2 * size() dimensions of a head
+    size_t window = 0;  // positions a token sees, itself included; 0 = all
+    std::vector<float>
+        inverse_frequencies;  // of RoPE; turns the first 2 * size() dimensions of a head
 };
 
 // The work of one step; base.py says what each array means. Everything is borrowed.
@@ -114,19 +126,19 @@ class Decoder {
     void set_head(DenseMatrix head) { head_ = head; }
     void set_final_norm(std::span<const float> gain);
     void set_vector(size_t layer, VectorName name, std::span<const float> values);
-    // `canonical`: out rows of ceil(in / 4) bytes in the packing of checkpoint.py, turned here into that of
-    // the kernels. Throws std::domain_error for bits that are no ternary code.
+    // `canonical`: out rows of ceil(in / 4) bytes in the packing of checkpoint.py, turned here into
+    // that of the kernels. Throws std::domain_error for bits that are no ternary code.
     void set_linear(size_t layer, LinearName name, const uint8_t* canonical, size_t out, size_t in,
                     std::span<const float> scales);
     void set_linear_norm(size_t layer, LinearName name, std::span<const float> gain, float eps);
     void set_linear_bias(size_t layer, LinearName name, std::span<const float> bias);
 
-    // Checks that the model is whole and takes scratch and KV storage. Throws std::invalid_argument,
-    // std::bad_alloc.
+    // Checks that the model is whole and takes scratch and KV storage. Throws
+    // std::invalid_argument, std::bad_alloc.
     void prepare();
 
-    // One step. Steps of several threads queue. Throws std::invalid_argument for a batch that contradicts
-    // itself or the model; then nothing was written.
+    // One step. Steps of several threads queue. Throws std::invalid_argument for a batch that
+    // contradicts itself or the model; then nothing was written.
     void forward(const StepInput& input, const StepOutput& output);
 
     size_t kv_blocks() const { return runtime_.kv_blocks; }
@@ -136,7 +148,8 @@ class Decoder {
     // Bytes of packed matrices and of vectors; embedding and head are not counted.
     size_t weight_bytes() const;
 
-    // pairs: `count` times (source, destination). All three throw std::out_of_range for unknown blocks.
+    // pairs: `count` times (source, destination). All three throw std::out_of_range for unknown
+    // blocks.
     void copy_blocks(const int32_t* pairs, size_t count);
     void read_blocks(std::span<const int32_t> blocks, std::byte* out);
     void write_blocks(std::span<const int32_t> blocks, const std::byte* data);
@@ -144,9 +157,9 @@ class Decoder {
   private:
     struct Layer {
         LayerConfig config;
-        size_t rope_table = 0;       // index of its cosines and sines
-        size_t kv_offset = 0;        // of its keys in a block, bytes
-        size_t value_offset = 0;     // of its values behind its keys, bytes
+        size_t rope_table = 0;    // index of its cosines and sines
+        size_t kv_offset = 0;     // of its keys in a block, bytes
+        size_t value_offset = 0;  // of its values behind its keys, bytes
         std::array<Linear, LINEAR_COUNT> linears;
         std::array<std::vector<float>, VECTOR_COUNT> vectors;
 
@@ -220,9 +233,10 @@ class Decoder {
     void embed(size_t token);
     void compute_rope(size_t token);
     void add_to_residual(size_t token, const float* post_norm, float eps);
-    void quantize_inputs(const Layer& layer, std::span<const LinearName> names, size_t token, const float* x,
-                         const float* norm, Workspace& own);
-    void multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride, Workspace& own);
+    void quantize_inputs(const Layer& layer, std::span<const LinearName> names, size_t token,
+                         const float* x, const float* norm, Workspace& own);
+    void multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride,
+                  Workspace& own);
     void multiply_all(const Layer& layer, LinearName name, float* out, int worker, Workspace& own);
     void project(const Layer& layer, int worker, Workspace& own);
     void expand(const Layer& layer, int worker, Workspace& own);
@@ -233,7 +247,8 @@ class Decoder {
     void attend(const Layer& layer, int worker, Workspace& own);
     void attend_tile(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
     void attend_heads(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
-    void merge_block(const LayerConfig& config, const Scored& block, size_t state, Workspace& own) const;
+    void merge_block(const LayerConfig& config, const Scored& block, size_t state,
+                     Workspace& own) const;
 
     void head_rows(const Request* requests, size_t count, Range rows);
     void finish_request(const Request& request, const float* hidden, Workspace& own);
@@ -254,17 +269,19 @@ class Decoder {
 
     // Scratch, taken from arena_ by plan_scratch(); `tokens` is max_batch_tokens.
     size_t logit_rows_ = 0;
-    float* residual_ = nullptr;             // [tokens][hidden]
-    float* block_out_ = nullptr;            // [tokens][hidden]: what o and down give
-    float* work_ = nullptr;                 // [tokens]: q, k, v of a token side by side, or its gate and up
-    std::array<Quantized, 4> quantized_{};  // what linears share, then own inputs of up to three of them
-    uint32_t* run_of_token_ = nullptr;      // [tokens]
-    Tile* tiles_ = nullptr;                 // [tokens]
-    float* final_rows_ = nullptr;           // [logit_rows_][hidden]
-    float* logits_ = nullptr;               // [logit_rows_][vocab]
-    std::vector<Workspace> workspaces_;     // one for each worker
+    float* residual_ = nullptr;   // [tokens][hidden]
+    float* block_out_ = nullptr;  // [tokens][hidden]: what o and down give
+    float* work_ = nullptr;       // [tokens]: q, k, v of a token side by side, or its gate and up
+    std::array<Quantized, 4>
+        quantized_{};  // what linears share, then own inputs of up to three of them
+    uint32_t* run_of_token_ = nullptr;   // [tokens]
+    Tile* tiles_ = nullptr;              // [tokens]
+    float* final_rows_ = nullptr;        // [logit_rows_][hidden]
+    float* logits_ = nullptr;            // [logit_rows_][vocab]
+    std::vector<Workspace> workspaces_;  // one for each worker
 
-    // Multiplications and additions of a token in all matrices; of a token and a position in attention.
+    // Multiplications and additions of a token in all matrices; of a token and a position in
+    // attention.
     size_t matrix_work_ = 0;
     size_t attention_work_ = 0;
 

@@ -1,5 +1,5 @@
-// The computation of one step. All workers run run_step() together; a barrier ends each stage, and within a
-// stage workers take disjoint tokens, heads or rows of a matrix.
+// The computation of one step. All workers run run_step() together; a barrier ends each stage, and
+// within a stage workers take disjoint tokens, heads or rows of a matrix.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -10,17 +10,19 @@
 namespace bitllm {
 namespace {
 
-constexpr size_t ROW_GRAIN = 16;      // a cache line of floats: neighbours on other workers share none
-constexpr size_t ROW_TILE = 64;       // rows that are unpacked once for ...
-constexpr size_t TOKEN_TILE = 64;     // ... this many tokens
+constexpr size_t ROW_GRAIN = 16;   // a cache line of floats: neighbours on other workers share none
+constexpr size_t ROW_TILE = 64;    // rows that are unpacked once for ...
+constexpr size_t TOKEN_TILE = 64;  // ... this many tokens
 constexpr size_t ACCUMULATORS = ROW_TILE * TOKEN_TILE;
-constexpr size_t HEAD_TILE = 32;      // rows of the head that stay in cache for all rows that want logits
-constexpr size_t TILE_TOKENS = 8;     // tokens that go through a KV block together
-constexpr size_t TILE_QUERIES = 64;   // and their heads: sums kept while walking the blocks
-constexpr size_t LOGIT_ROWS = 8;      // at least this many rows of logits at a time
+constexpr size_t HEAD_TILE =
+    32;  // rows of the head that stay in cache for all rows that want logits
+constexpr size_t TILE_TOKENS = 8;    // tokens that go through a KV block together
+constexpr size_t TILE_QUERIES = 64;  // and their heads: sums kept while walking the blocks
+constexpr size_t LOGIT_ROWS = 8;     // at least this many rows of logits at a time
 
-// A layer has nine barriers. Other threads are asked for help from this many multiplications between two
-// barriers on (some 10 us of one core): below, waiting for each other would cost more than it saves.
+// A layer has nine barriers. Other threads are asked for help from this many multiplications
+// between two barriers on (some 10 us of one core): below, waiting for each other would cost more
+// than it saves.
 constexpr size_t BARRIERS = 9;
 constexpr size_t WORTH_SHARING = 100'000;
 
@@ -76,13 +78,15 @@ size_t Decoder::plan_scratch(Arena* arena) {
     size_t work_width = 0, input_width = model_.hidden, widest_head = 0;
     bool own_norms = false;
     for (const Layer& layer : layers_) {
-        work_width = std::max({work_width, layer.query_width() + 2 * layer.kv_width(), 2 * layer.ffn_width()});
+        work_width = std::max(
+            {work_width, layer.query_width() + 2 * layer.kv_width(), 2 * layer.ffn_width()});
         input_width = std::max({input_width, layer.query_width(), layer.ffn_width()});
         widest_head = std::max(widest_head, layer.config.head_dim);
         for (const Linear& linear : layer.linears) own_norms = own_norms || !linear.norm.empty();
     }
     const size_t tokens = runtime_.max_batch_tokens;
-    logit_rows_ = std::min(tokens, std::max<size_t>(LOGIT_ROWS, static_cast<size_t>(runtime_.threads)));
+    logit_rows_ =
+        std::min(tokens, std::max<size_t>(LOGIT_ROWS, static_cast<size_t>(runtime_.threads)));
 
     Planner plan{arena};
     residual_ = plan.take<float>(tokens * model_.hidden);
@@ -169,8 +173,8 @@ void Decoder::attention_block(const Layer& layer, int worker, Workspace& own) {
     const size_t stride = layer.query_width() + 2 * layer.kv_width();
     const Range mine = split(tokens_, worker, pool_->size());
     for (size_t token = mine.begin; token < mine.end; ++token)
-        quantize_inputs(layer, QKV, token, residual_ + token * model_.hidden, layer.vector(VectorName::ATTN_NORM),
-                        own);
+        quantize_inputs(layer, QKV, token, residual_ + token * model_.hidden,
+                        layer.vector(VectorName::ATTN_NORM), own);
     pool_->barrier(worker);
     project(layer, worker, own);
     pool_->barrier(worker);
@@ -179,7 +183,8 @@ void Decoder::attention_block(const Layer& layer, int worker, Workspace& own) {
     attend(layer, worker, own);  // replaces q
     pool_->barrier(worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
-        quantize_inputs(layer, OUT, token, work_ + token * stride, layer.vector(VectorName::ATTN_SUB_NORM), own);
+        quantize_inputs(layer, OUT, token, work_ + token * stride,
+                        layer.vector(VectorName::ATTN_SUB_NORM), own);
     pool_->barrier(worker);
     multiply_all(layer, LinearName::O, block_out_, worker, own);
     pool_->barrier(worker);
@@ -192,13 +197,14 @@ void Decoder::ffn_block(const Layer& layer, int worker, Workspace& own) {
     const size_t stride = 2 * layer.ffn_width();
     const Range mine = split(tokens_, worker, pool_->size());
     for (size_t token = mine.begin; token < mine.end; ++token)
-        quantize_inputs(layer, GATE_UP, token, residual_ + token * model_.hidden, layer.vector(VectorName::FFN_NORM),
-                        own);
+        quantize_inputs(layer, GATE_UP, token, residual_ + token * model_.hidden,
+                        layer.vector(VectorName::FFN_NORM), own);
     pool_->barrier(worker);
     expand(layer, worker, own);
     pool_->barrier(worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
-        quantize_inputs(layer, DOWN, token, work_ + token * stride, layer.vector(VectorName::FFN_SUB_NORM), own);
+        quantize_inputs(layer, DOWN, token, work_ + token * stride,
+                        layer.vector(VectorName::FFN_SUB_NORM), own);
     pool_->barrier(worker);
     multiply_all(layer, LinearName::DOWN, block_out_, worker, own);
     pool_->barrier(worker);
@@ -210,7 +216,8 @@ void Decoder::embed(size_t token) {
     const size_t n = model_.hidden;
     float* h = residual_ + token * n;
     const size_t row_bytes = n * size_of(embedding_.type);
-    widen(embedding_.data + static_cast<size_t>(input_->token_ids[token]) * row_bytes, embedding_.type, n, h);
+    widen(embedding_.data + static_cast<size_t>(input_->token_ids[token]) * row_bytes,
+          embedding_.type, n, h);
     for (size_t i = 0; i < n; ++i) h[i] = h[i] * model_.embedding_scale;
 }
 
@@ -234,13 +241,14 @@ void Decoder::add_to_residual(size_t token, const float* post_norm, float eps) {
     kernels_.add(residual_ + token * n, y, n);
 }
 
-// Input vectors of linears that read x: one that is shared, and one for each linear with a norm of its own.
-void Decoder::quantize_inputs(const Layer& layer, std::span<const LinearName> names, size_t token, const float* x,
-                              const float* norm, Workspace& own) {
+// Input vectors of linears that read x: one that is shared, and one for each linear with a norm of
+// its own.
+void Decoder::quantize_inputs(const Layer& layer, std::span<const LinearName> names, size_t token,
+                              const float* x, const float* norm, Workspace& own) {
     const size_t n = layer.linear(names[0]).in;
     const auto quantize = [&](const float* values, Quantized& input) {
-        input.scales[token] =
-            kernels_.quantize(values, n, input.values + token * padded_columns(n), input.sums + token);
+        input.scales[token] = kernels_.quantize(values, n, input.values + token * padded_columns(n),
+                                                input.sums + token);
     };
     if (norm) {
         kernels_.rms_norm(x, norm, n, layer.config.norm_eps, own.row);
@@ -256,8 +264,10 @@ void Decoder::quantize_inputs(const Layer& layer, std::span<const LinearName> na
     }
 }
 
-// Rows of y = rescale(packed @ q) + bias for all tokens; out has one row of `stride` values a token.
-void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride, Workspace& own) {
+// Rows of y = rescale(packed @ q) + bias for all tokens; out has one row of `stride` values a
+// token.
+void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride,
+                       Workspace& own) {
     const Linear& linear = layer.linear(name);
     const Quantized& input = quantized_[linear.norm.empty() ? 0 : own_input(name)];
     const auto* packed = reinterpret_cast<const uint8_t*>(linear.packed.data());
@@ -271,10 +281,11 @@ void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* o
             const size_t width = std::min(TOKEN_TILE, tokens_ - token);
             const int8_t* q = input.values + token * columns;
             if (width == 1)
-                kernels_.ternary_matvec(tile, height, linear.in, q, input.sums[token], own.accumulators);
+                kernels_.ternary_matvec(tile, height, linear.in, q, input.sums[token],
+                                        own.accumulators);
             else
-                kernels_.ternary_matmul(tile, height, linear.in, q, input.sums + token, width, own.accumulators,
-                                        height);
+                kernels_.ternary_matmul(tile, height, linear.in, q, input.sums + token, width,
+                                        own.accumulators, height);
             for (size_t i = 0; i < width; ++i) {
                 float* y = out + (token + i) * stride + row;
                 kernels_.rescale(own.accumulators + i * height, height, input.scales[token + i],
@@ -285,12 +296,14 @@ void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* o
     }
 }
 
-void Decoder::multiply_all(const Layer& layer, LinearName name, float* out, int worker, Workspace& own) {
+void Decoder::multiply_all(const Layer& layer, LinearName name, float* out, int worker,
+                           Workspace& own) {
     const size_t rows = layer.linear(name).out;
     multiply(layer, name, split(rows, worker, pool_->size(), ROW_GRAIN), out, rows, own);
 }
 
-// q, k and v of each token side by side in work_; a worker's share is a range of their rows taken together.
+// q, k and v of each token side by side in work_; a worker's share is a range of their rows taken
+// together.
 void Decoder::project(const Layer& layer, int worker, Workspace& own) {
     const size_t stride = layer.query_width() + 2 * layer.kv_width();
     const Range mine = split(stride, worker, pool_->size(), ROW_GRAIN);
@@ -298,7 +311,8 @@ void Decoder::project(const Layer& layer, int worker, Workspace& own) {
     for (const LinearName name : QKV) {
         const size_t end = first + layer.linear(name).out;
         const size_t from = std::max(mine.begin, first), to = std::min(mine.end, end);
-        if (from < to) multiply(layer, name, {from - first, to - first}, work_ + first, stride, own);
+        if (from < to)
+            multiply(layer, name, {from - first, to - first}, work_ + first, stride, own);
         first = end;
     }
 }
@@ -320,8 +334,9 @@ void Decoder::turn_and_store(const Layer& layer, int worker) {
         turn(layer, token, head);
         if (!is_key) continue;
         const size_t place = static_cast<size_t>(input_->positions[token]) % KV_BLOCK_SIZE;
-        std::byte* keys = kv_rows(layer, run_of_token_[token], static_cast<size_t>(input_->positions[token]),
-                                  index - config.heads);
+        std::byte* keys =
+            kv_rows(layer, run_of_token_[token], static_cast<size_t>(input_->positions[token]),
+                    index - config.heads);
         const size_t offset = place * n * size_of(runtime_.kv_type);
         narrow(head, runtime_.kv_type, n, keys + offset);
         narrow(head + layer.kv_width(), runtime_.kv_type, n, keys + layer.value_offset + offset);
@@ -343,13 +358,14 @@ void Decoder::turn(const Layer& layer, size_t token, float* head) const {
 
 // The keys of one KV head in the block of a position; its values are value_offset behind.
 std::byte* Decoder::kv_rows(const Layer& layer, size_t run, size_t position, size_t kv_head) const {
-    const int32_t block = input_->block_tables[run * input_->block_table_width + position / KV_BLOCK_SIZE];
+    const int32_t block =
+        input_->block_tables[run * input_->block_table_width + position / KV_BLOCK_SIZE];
     const size_t head_bytes = KV_BLOCK_SIZE * layer.config.head_dim * size_of(runtime_.kv_type);
     return kv_->block(static_cast<size_t>(block)) + layer.kv_offset + kv_head * head_bytes;
 }
 
-// A single token splits by heads; otherwise workers take turns at (tile, KV head), because later tiles of a
-// run have more to read.
+// A single token splits by heads; otherwise workers take turns at (tile, KV head), because later
+// tiles of a run have more to read.
 void Decoder::attend(const Layer& layer, int worker, Workspace& own) {
     const size_t heads = layer.config.heads, group = heads / layer.config.kv_heads;
     const auto workers = static_cast<size_t>(pool_->size());
@@ -371,8 +387,9 @@ void Decoder::attend_tile(const Layer& layer, const Tile& tile, Range heads, Wor
         attend_heads(layer, tile, {head, std::min(head + at_once, heads.end)}, own);
 }
 
-// Walks the KV blocks once for all tokens of the tile and these heads, keeping for each the highest score so
-// far, the sum of exp(score - highest) and the sum of values so weighted. The result replaces q.
+// Walks the KV blocks once for all tokens of the tile and these heads, keeping for each the highest
+// score so far, the sum of exp(score - highest) and the sum of values so weighted. The result
+// replaces q.
 void Decoder::attend_heads(const Layer& layer, const Tile& tile, Range heads, Workspace& own) {
     const LayerConfig& config = layer.config;
     const size_t n = config.head_dim, group = config.heads / config.kv_heads;
@@ -387,7 +404,8 @@ void Decoder::attend_heads(const Layer& layer, const Tile& tile, Range heads, Wo
     std::fill_n(own.tile_totals, tile.count * count, 0.0f);
     std::fill_n(own.tile_sums, tile.count * count * n, 0.0f);
 
-    for (size_t block = first_seen(position) / KV_BLOCK_SIZE; block <= last / KV_BLOCK_SIZE; ++block) {
+    for (size_t block = first_seen(position) / KV_BLOCK_SIZE; block <= last / KV_BLOCK_SIZE;
+         ++block) {
         const size_t start = block * KV_BLOCK_SIZE;
         for (size_t head = heads.begin; head < heads.end; ++head) {
             const std::byte* keys = kv_rows(layer, run, start, head / group);
@@ -407,16 +425,19 @@ void Decoder::attend_heads(const Layer& layer, const Tile& tile, Range heads, Wo
         for (size_t head = heads.begin; head < heads.end; ++head) {
             const size_t state = i * count + (head - heads.begin);
             float* out = work_ + (tile.first + i) * stride + head * n;
-            for (size_t d = 0; d < n; ++d) out[d] = own.tile_sums[state * n + d] / own.tile_totals[state];
+            for (size_t d = 0; d < n; ++d)
+                out[d] = own.tile_sums[state * n + d] / own.tile_totals[state];
         }
     }
 }
 
-void Decoder::merge_block(const LayerConfig& config, const Scored& block, size_t state, Workspace& own) const {
+void Decoder::merge_block(const LayerConfig& config, const Scored& block, size_t state,
+                          Workspace& own) const {
     const size_t n = config.head_dim;
     const FloatType type = runtime_.kv_type;
     float weights[KV_BLOCK_SIZE];
-    kernels_.attention_scores(block.query, block.keys, type, block.count, n, config.query_scale, weights);
+    kernels_.attention_scores(block.query, block.keys, type, block.count, n, config.query_scale,
+                              weights);
     const float block_highest = *std::max_element(weights, weights + block.count);
     kernels_.exp_shifted(weights, block.count, block_highest);
     float block_total = 0.0f;
@@ -433,8 +454,8 @@ void Decoder::merge_block(const LayerConfig& config, const Scored& block, size_t
     highest = merged;
 }
 
-// gate and up of each token side by side in work_; a worker has the same rows of both, so that it can apply
-// the activation itself. The result replaces the gate.
+// gate and up of each token side by side in work_; a worker has the same rows of both, so that it
+// can apply the activation itself. The result replaces the gate.
 void Decoder::expand(const Layer& layer, int worker, Workspace& own) {
     const size_t width = layer.ffn_width(), stride = 2 * width;
     const Range mine = split(width, worker, pool_->size(), ROW_GRAIN);
@@ -468,7 +489,8 @@ void Decoder::finish(int worker, Workspace& own) {
         pool_->barrier(worker);
         head_rows(own.requests, count, split(model_.vocab, worker, pool_->size(), ROW_GRAIN));
         pool_->barrier(worker);
-        for (size_t i = static_cast<size_t>(worker); i < count; i += static_cast<size_t>(pool_->size()))
+        for (size_t i = static_cast<size_t>(worker); i < count;
+             i += static_cast<size_t>(pool_->size()))
             finish_request(own.requests[i], final_rows_ + i * n, own);
         pool_->barrier(worker);
     }
@@ -481,8 +503,8 @@ void Decoder::head_rows(const Request* requests, size_t count, Range rows) {
         const size_t height = std::min(HEAD_TILE, rows.end - row);
         for (size_t i = 0; i < count; ++i)
             if (requests[i].logits)
-                kernels_.dense_matvec(head_.data + row * row_bytes, head_.type, height, n, final_rows_ + i * n,
-                                      requests[i].logits + row);
+                kernels_.dense_matvec(head_.data + row * row_bytes, head_.type, height, n,
+                                      final_rows_ + i * n, requests[i].logits + row);
     }
 }
 
@@ -496,9 +518,11 @@ void Decoder::finish_request(const Request& request, const float* hidden, Worksp
     };
     switch (request.kind) {
         case OutputKind::HIDDEN:
-            std::memcpy(result_->hidden + index * model_.hidden, hidden, model_.hidden * sizeof(float));
+            std::memcpy(result_->hidden + index * model_.hidden, hidden,
+                        model_.hidden * sizeof(float));
             break;
-        case OutputKind::LOGITS: break;
+        case OutputKind::LOGITS:
+            break;
         case OutputKind::SCORE:
             score(samples + index, input_->score_targets[index], input_->score_top_n[index]);
             break;

@@ -1,6 +1,7 @@
 // The elementary functions of the numerics contract; the normative text is
-// src/bitllm/backends/reference/numerics.py, and every function here gives the same bits as its namesake there.
-// IEEE 754 operations in the written order; compile without fused multiply-add and without fast-math.
+// src/bitllm/backends/reference/numerics.py, and every function here gives the same bits as its
+// namesake there. IEEE 754 operations in the written order; compile without fused multiply-add and
+// without fast-math.
 #pragma once
 
 #include <bit>
@@ -11,8 +12,8 @@
 
 namespace bitllm {
 
-// Sum of n values in LANES lanes: lane j adds elements j, j + LANES, ... in order, then the upper half of the
-// lanes is added to the lower half until one is left.
+// Sum of n values in LANES lanes: lane j adds elements j, j + LANES, ... in order, then the upper
+// half of the lanes is added to the lower half until one is left.
 inline float lane_sum(const float* values, size_t n) {
     float lanes[LANES] = {};
     const size_t whole = n - n % LANES;
@@ -33,7 +34,8 @@ inline float exp_f32(float x) {
     const float n = (clamped * 1.44269504088896341f + magic) - magic;
     const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
     float p = static_cast<float>(1.0 / 5040);
-    for (double factorial : {720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0}) p = p * r + static_cast<float>(1.0 / factorial);
+    for (double factorial : {720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0})
+        p = p * r + static_cast<float>(1.0 / factorial);
     const auto exponent = static_cast<uint32_t>(static_cast<int32_t>(n) + 127);
     return p * std::bit_cast<float>(exponent << 23);
 }
@@ -50,7 +52,8 @@ inline double log_f64(double x) {
     const double s = (m - 1.0) / (m + 1.0);
     const double s2 = s * s;
     double p = 1.0 / 21.0;
-    for (double divisor : {19.0, 17.0, 15.0, 13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0}) p = p * s2 + 1.0 / divisor;
+    for (double divisor : {19.0, 17.0, 15.0, 13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0})
+        p = p * s2 + 1.0 / divisor;
     return static_cast<double>(exponent) * 0.6931471805599453 + (2.0 * s) * p;
 }
 
@@ -63,21 +66,27 @@ struct SinCos {
 inline SinCos sincos_f64(double x) {
     const double magic = 6755399441055744.0;  // 1.5 * 2^52
     const double q = (x * 0.6366197723675814 + magic) - magic;
-    const double r = ((x - q * 1.5707963109016418) - q * 1.5893254712295857e-08) - q * 6.123233995736766e-17;
+    const double r =
+        ((x - q * 1.5707963109016418) - q * 1.5893254712295857e-08) - q * 6.123233995736766e-17;
     const double r2 = r * r;
     double s = -1.0 / 1307674368000.0;
-    for (double c : {1.0 / 6227020800, -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6})
+    for (double c :
+         {1.0 / 6227020800, -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6})
         s = s * r2 + c;
     s = r + (r * r2) * s;
     double c = 1.0 / 20922789888000.0;
-    for (double k : {-1.0 / 87178291200, 1.0 / 479001600, -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2,
-                     1.0})
+    for (double k : {-1.0 / 87178291200, 1.0 / 479001600, -1.0 / 3628800, 1.0 / 40320, -1.0 / 720,
+                     1.0 / 24, -1.0 / 2, 1.0})
         c = c * r2 + k;
     switch (static_cast<int64_t>(q) & 3) {
-        case 0: return {s, c};
-        case 1: return {c, -s};
-        case 2: return {-s, -c};
-        default: return {-c, s};
+        case 0:
+            return {s, c};
+        case 1:
+            return {c, -s};
+        case 2:
+            return {-s, -c};
+        default:
+            return {-c, s};
     }
 }
 
@@ -90,8 +99,9 @@ inline Philox philox4x32(Philox counter, uint32_t key0, uint32_t key1) {
     for (int round = 0; round < 10; ++round) {
         const uint64_t p0 = uint64_t{0xD2511F53} * counter.word[0];
         const uint64_t p1 = uint64_t{0xCD9E8D57} * counter.word[2];
-        counter = {{static_cast<uint32_t>(p1 >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(p1),
-                    static_cast<uint32_t>(p0 >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(p0)}};
+        counter = {
+            {static_cast<uint32_t>(p1 >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(p1),
+             static_cast<uint32_t>(p0 >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(p0)}};
         key0 += 0x9E3779B9;
         key1 += 0xBB67AE85;
     }
@@ -116,6 +126,13 @@ inline double gumbel_of_word(uint32_t word) {
     return -log_f64(-log_f64((static_cast<double>(word) + 0.5) * 0x1p-32));
 }
 
+// Upper bound of gumbel_of_word by a few integer operations: with u the uniform, -log(-log u) <=
+// -log(1 - u), and 1 - u is at least 2^-(leading ones + 1). The small term covers the rounding of
+// log_f64.
+inline double gumbel_bound(uint32_t word) {
+    return (std::countl_one(word) + 1) * 0.6931471805599453 + 1e-9;
+}
+
 // float32 to the bits of bfloat16, half to even; NaN stays NaN.
 inline uint16_t bf16_from_f32(float x) {
     const auto bits = std::bit_cast<uint32_t>(x);
@@ -129,7 +146,8 @@ inline float f32_from_bf16(uint16_t bits) { return std::bit_cast<float>(uint32_t
 inline float f32_from_f16(uint16_t half) {
     const uint32_t sign = (half & 0x8000u) << 16;
     const uint32_t magnitude = half & 0x7FFFu;
-    if (magnitude >= 0x7C00u) return std::bit_cast<float>(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));
+    if (magnitude >= 0x7C00u)
+        return std::bit_cast<float>(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));
     if (magnitude >= 0x400u) return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
     const float value = static_cast<float>(magnitude) * 0x1p-24f;
     return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));

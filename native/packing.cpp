@@ -11,8 +11,8 @@ namespace {
 constexpr uint8_t FOUR_ZERO_WEIGHTS = 0x55;
 constexpr size_t SEGMENT = TERNARY_BLOCK_BYTES / 4;  // canonical bytes that hold 64 weights
 
-// A 4 x 4 matrix of 2-bit elements, element (r, c) at bit 8 * r + 2 * c, transposed by exchanging first within
-// and then between its quarters.
+// A 4 x 4 matrix of 2-bit elements, element (r, c) at bit 8 * r + 2 * c, transposed by exchanging
+// first within and then between its quarters.
 uint32_t transpose(uint32_t bits) {
     uint32_t exchange = (bits ^ (bits >> 6)) & 0x00CC00CCu;
     bits ^= exchange ^ (exchange << 6);
@@ -83,7 +83,8 @@ bool unpack_rows(const uint8_t* canonical, size_t rows, size_t columns, int8_t* 
     return valid;
 }
 
-bool repack_rows(const uint8_t* canonical, size_t columns, size_t first_row, size_t last_row, uint8_t* packed) {
+bool repack_rows(const uint8_t* canonical, size_t columns, size_t first_row, size_t last_row,
+                 uint8_t* packed) {
     const size_t from_stride = canonical_row_bytes(columns), to_stride = ternary_row_bytes(columns);
     const size_t whole_blocks = columns / TERNARY_BLOCK, rest = columns % TERNARY_BLOCK;
     uint32_t wrong = 0;
@@ -91,7 +92,8 @@ bool repack_rows(const uint8_t* canonical, size_t columns, size_t first_row, siz
         const uint8_t* from = canonical + row * from_stride;
         uint8_t* to = packed + row * to_stride;
         for (size_t block = 0; block < whole_blocks; ++block)
-            wrong |= repack_block(from + block * TERNARY_BLOCK_BYTES, to + block * TERNARY_BLOCK_BYTES);
+            wrong |=
+                repack_block(from + block * TERNARY_BLOCK_BYTES, to + block * TERNARY_BLOCK_BYTES);
         if (rest != 0)
             wrong |= repack_last_block(from + whole_blocks * TERNARY_BLOCK_BYTES, rest,
                                        to + whole_blocks * TERNARY_BLOCK_BYTES);

@@ -11,7 +11,6 @@ namespace bitllm {
 namespace {
 
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
-constexpr double LN2 = 0.6931471805599453;
 constexpr size_t RADIX_BITS = 11;
 constexpr size_t RADIX_PASSES = 3;  // 33 bits cover the 32 of a logit
 constexpr size_t RADIX_BUCKETS = size_t{1} << RADIX_BITS;
@@ -43,7 +42,8 @@ struct MoreLikely {
     }
 };
 
-// The `count` most likely ids of `vocab`, most likely first, into `ids`; fewer if fewer are above -infinity.
+// The `count` most likely ids of `vocab`, most likely first, into `ids`; fewer if fewer are above
+// -infinity.
 size_t select_top(const float* logits, size_t vocab, size_t count, int32_t* ids) {
     const MoreLikely order{logits};
     size_t size = 0;
@@ -68,19 +68,16 @@ uint32_t descending_key(float logit) {
     return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
 }
 
-// Upper bound of gumbel_of_word: with u the uniform, -log(-log u) <= -log(1 - u), and 1 - u is at least
-// 2^-(leading ones + 1). The small term covers the rounding of log_f64.
-double gumbel_bound(uint32_t word) { return (std::countl_one(word) + 1) * LN2 + 1e-9; }
-
 }  // namespace
 
-// The Gumbel argmax over ids, which skips the exact noise of every id whose bound shows that it cannot win.
+// The Gumbel argmax over ids, which skips the exact noise of every id whose bound shows that it
+// cannot win.
 struct Sampler::Draw {
     const float* logits;
     double temperature;
     UniformStream uniforms;
-    double inverse;        // about 1 / temperature: for bounds only
-    double slack;          // more than the error of a bound
+    double inverse;  // about 1 / temperature: for bounds only
+    double slack;    // more than the error of a bound
     double best = -std::numeric_limits<double>::infinity();
     int32_t best_id = -1;
 
@@ -92,9 +89,12 @@ struct Sampler::Draw {
           inverse(1.0 / temperature),
           slack(1e-12 * (std::fabs(highest * inverse) + 64.0)) {}
 
-    // Whether an id with this logit may win with a noise of at most `noise`. A lower logit has a larger error,
-    // in proportion to itself, but then its distance to the highest has grown by far more.
-    bool may_win(float logit, double noise) const { return logit * inverse + noise + slack >= best; }
+    // Whether an id with this logit may win with a noise of at most `noise`. A lower logit has a
+    // larger error, in proportion to itself, but then its distance to the highest has grown by far
+    // more.
+    bool may_win(float logit, double noise) const {
+        return logit * inverse + noise + slack >= best;
+    }
 
     void offer(int32_t id, uint32_t word) {
         if (!may_win(logits[id], gumbel_bound(word))) return;
@@ -151,7 +151,8 @@ int32_t Sampler::draw(const SamplePlan& plan, size_t entry, const float* logits)
 const float* Sampler::adjust(const SamplePlan& plan, size_t entry, const float* logits) {
     const int32_t bias_begin = plan.bias_offsets[entry], bias_end = plan.bias_offsets[entry + 1];
     const int32_t seen_begin = plan.seen_offsets[entry], seen_end = plan.seen_offsets[entry + 1];
-    const float repetition = plan.repetition_penalty[entry], frequency = plan.frequency_penalty[entry];
+    const float repetition = plan.repetition_penalty[entry],
+                frequency = plan.frequency_penalty[entry];
     const float presence = plan.presence_penalty[entry];
     const bool penalised =
         seen_begin < seen_end && (repetition != 1.0f || frequency != 0.0f || presence != 0.0f);
@@ -159,7 +160,8 @@ const float* Sampler::adjust(const SamplePlan& plan, size_t entry, const float* 
     if (bias_begin == bias_end && !penalised && mask_row < 0) return logits;
 
     std::memcpy(adjusted_, logits, vocab_ * sizeof(float));
-    for (int32_t i = bias_begin; i < bias_end; ++i) adjusted_[plan.bias_ids[i]] += plan.bias_values[i];
+    for (int32_t i = bias_begin; i < bias_end; ++i)
+        adjusted_[plan.bias_ids[i]] += plan.bias_values[i];
     for (int32_t i = seen_begin; penalised && i < seen_end; ++i) {
         float& logit = adjusted_[plan.seen_ids[i]];
         logit = logit > 0.0f ? logit / repetition : logit * repetition;
@@ -199,7 +201,8 @@ size_t Sampler::sort_all(const float* logits) {
 }
 
 // Top-p, then min-p, over the ordered kept_[0 .. count); returns how many are left.
-size_t Sampler::cut(const float* logits, size_t count, float temperature, float top_p, float min_p) {
+size_t Sampler::cut(const float* logits, size_t count, float temperature, float top_p,
+                    float min_p) {
     for (size_t i = 0; i < count; ++i) probabilities_[i] = logits[kept_[i]] / temperature;
     kernels_.exp_shifted(probabilities_, count, probabilities_[0]);
     if (top_p < 1.0f) {
@@ -234,7 +237,8 @@ void Sampler::draw_of_all(Draw& draw) const {
         const float* logits = draw.logits + first;
         if (!draw.may_win(*std::max_element(logits, logits + count), largest_noise)) continue;
         const Philox words = draw.uniforms.words(static_cast<uint32_t>(first / 4));
-        for (size_t i = 0; i < count; ++i) draw.offer(static_cast<int32_t>(first + i), words.word[i]);
+        for (size_t i = 0; i < count; ++i)
+            draw.offer(static_cast<int32_t>(first + i), words.word[i]);
     }
 }
 
@@ -250,7 +254,8 @@ void Sampler::score(const float* logits, int32_t target, size_t top_n, const Sco
     kernels_.exp_shifted(probabilities_, vocab_, highest);
     const double log_total = log_f64(static_cast<double>(lane_sum(probabilities_, vocab_)));
     const auto logprob = [&](int32_t id) {
-        return static_cast<float>((static_cast<double>(logits[id]) - static_cast<double>(highest)) - log_total);
+        return static_cast<float>((static_cast<double>(logits[id]) - static_cast<double>(highest)) -
+                                  log_total);
     };
     *out.logprob = target < 0 ? std::numeric_limits<float>::quiet_NaN() : logprob(target);
     const size_t found = select_top(logits, vocab_, std::min(top_n, vocab_), kept_);

@@ -1,7 +1,8 @@
-// From a row of logits to a token, or to log-probabilities: the SamplePlan of src/bitllm/backends/base.py.
+// From a row of logits to a token, or to log-probabilities: the SamplePlan of
+// src/bitllm/backends/base.py.
 //
-// Stateless: the uniforms are a function of (seed, choice, position, token id) alone, so that batch, order
-// and preemption cannot change what is drawn.
+// Stateless: the uniforms are a function of (seed, choice, position, token id) alone, so that
+// batch, order and preemption cannot change what is drawn.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +42,8 @@ struct SamplePlan {
     const int32_t* mask_rows = nullptr;
 };
 
-// Where log-probabilities of one row go; `top_ids` and `top_logprobs` hold `width` values, padded by the caller.
+// Where log-probabilities of one row go; `top_ids` and `top_logprobs` hold `width` values, padded
+// by the caller.
 struct ScoreOutput {
     float* logprob;
     int32_t* top_ids;
@@ -56,12 +58,13 @@ class Sampler {
 
     Sampler(const Kernels& kernels, size_t vocab, Arena& arena);
 
-    // The token of entry `entry`: the lowest id of the highest logit at temperature 0, else the Gumbel argmax
-    // over the ids that the cuts keep. -1 if the mask allows no id, or every logit is NaN or -infinity.
+    // The token of entry `entry`: the lowest id of the highest logit at temperature 0, else the
+    // Gumbel argmax over the ids that the cuts keep. -1 if the mask allows no id, or every logit is
+    // NaN or -infinity.
     int32_t draw(const SamplePlan& plan, size_t entry, const float* logits);
 
-    // Log-probability of `target` (NaN for -1) under softmax(logits), and of the `top_n` most likely ids, most
-    // likely first, ties by lowest id.
+    // Log-probability of `target` (NaN for -1) under softmax(logits), and of the `top_n` most
+    // likely ids, most likely first, ties by lowest id.
     void score(const float* logits, int32_t target, size_t top_n, const ScoreOutput& out);
 
   private:

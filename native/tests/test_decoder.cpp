@@ -1,0 +1,331 @@
+// The whole step without Python: that it allocates nothing, and that neither kernels, threads nor
+// the cutting of a prompt change a bit. What it computes is compared with the reference in
+// tests/test_decoder_agreement.py.
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "../decoder.h"
+#include "../packing.h"
+#include "check.h"
+#include "kernel_data.h"
+
+using namespace bitllm;
+using namespace bitllm::testing;
+
+// Allocations of all threads, counted while somebody counts: every operator new, and every malloc
+// where the C library lets a program put its own in front (a sanitizer has put its own there).
+namespace {
+std::atomic<bool> counting{false};
+std::atomic<size_t> allocations{0};
+
+void count_allocation() {
+    if (counting.load(std::memory_order_relaxed)) ++allocations;
+}
+}  // namespace
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define BITLLM_SANITIZED 1
+#endif
+
+#if defined(__GLIBC__) && !defined(BITLLM_SANITIZED)
+extern "C" {
+void* __libc_malloc(size_t);
+void* __libc_calloc(size_t, size_t);
+void* __libc_realloc(void*, size_t);
+void* __libc_memalign(size_t, size_t);
+
+void* malloc(size_t bytes) {
+    count_allocation();
+    return __libc_malloc(bytes);
+}
+void* calloc(size_t count, size_t bytes) {
+    count_allocation();
+    return __libc_calloc(count, bytes);
+}
+void* realloc(void* old, size_t bytes) {
+    count_allocation();
+    return __libc_realloc(old, bytes);
+}
+void* aligned_alloc(size_t alignment, size_t bytes) {
+    count_allocation();
+    return __libc_memalign(alignment, bytes);
+}
+}
+#else
+void* operator new(size_t bytes) {
+    count_allocation();
+    if (void* memory = std::malloc(bytes ? bytes : 1)) return memory;
+    throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+#endif
+
+namespace {
+
+constexpr size_t VOCAB = 309, HIDDEN = 300, FFN = 517, HEADS = 6, KV_HEADS = 3, HEAD_DIM = 22,
+                 LAYERS = 2;
+constexpr size_t BLOCKS = 8, MAX_TOKENS = 96;
+
+// The same random model for each seed, with every optional part.
+struct Model {
+    std::vector<uint16_t> embedding;
+    std::unique_ptr<Decoder> decoder;
+
+    Model(const Kernels& kernels, int threads, FloatType kv_type = FloatType::BF16) {
+        Random random(11);
+        decoder = std::make_unique<Decoder>(kernels, ModelConfig{VOCAB, HIDDEN, 1e-5f, 1.5f},
+                                            RuntimeConfig{BLOCKS, kv_type, threads, MAX_TOKENS});
+        const auto gains = [&](size_t count) {
+            std::vector<float> values(count);
+            for (float& value : values)
+                value = 1.0f + static_cast<float>(random.integer(-90, 90)) / 128.0f;
+            return values;
+        };
+        for (size_t layer = 0; layer < LAYERS; ++layer) {
+            std::vector<float> frequencies;
+            for (size_t i = 0; i < HEAD_DIM / 2 - layer; ++i)
+                frequencies.push_back(1.0f / static_cast<float>(1 + 3 * i));
+            decoder->add_layer({HEADS, KV_HEADS, HEAD_DIM,
+                                layer ? Activation::SILU : Activation::RELU2, 1e-5f, 0.2f,
+                                layer ? size_t{40} : size_t{0}, frequencies});
+            const size_t lengths[VECTOR_COUNT] = {HIDDEN,   HIDDEN,   HEADS * HEAD_DIM, FFN,
+                                                  HEAD_DIM, HEAD_DIM, HIDDEN,           HIDDEN};
+            for (size_t i = 0; i < VECTOR_COUNT; ++i)
+                decoder->set_vector(layer, static_cast<VectorName>(i), gains(lengths[i]));
+            const size_t query = HEADS * HEAD_DIM, kv = KV_HEADS * HEAD_DIM;
+            const size_t shapes[LINEAR_COUNT][2] = {{query, HIDDEN}, {kv, HIDDEN},  {kv, HIDDEN},
+                                                    {HIDDEN, query}, {FFN, HIDDEN}, {FFN, HIDDEN},
+                                                    {HIDDEN, FFN}};
+            for (size_t i = 0; i < LINEAR_COUNT; ++i) {
+                const auto [out, in] = shapes[i];
+                const auto name = static_cast<LinearName>(i);
+                const auto codes = random.codes(out * in);
+                std::vector<uint8_t> packed(out * canonical_row_bytes(in));
+                bitllm::pack_rows(codes.data(), out, in, packed.data());
+                const std::vector<float> scales(layer ? out : 1, 0.06f);
+                decoder->set_linear(layer, name, packed.data(), out, in, scales);
+                decoder->set_linear_bias(layer, name, gains(out));
+                if (i % 2 == layer) decoder->set_linear_norm(layer, name, gains(in), 1e-6f);
+            }
+        }
+        decoder->set_final_norm(gains(HIDDEN));
+        embedding.resize(VOCAB * HIDDEN);
+        for (uint16_t& value : embedding)
+            value = bf16_from_f32(static_cast<float>(random.integer(-99, 99)) / 64.0f);
+        const DenseMatrix matrix{reinterpret_cast<const std::byte*>(embedding.data()),
+                                 FloatType::BF16};
+        decoder->set_embedding(matrix);
+        decoder->set_head(matrix);
+        decoder->prepare();
+    }
+};
+
+std::vector<int32_t> prompt(size_t count) {
+    Random random(12);
+    std::vector<int32_t> ids(count);
+    for (int32_t& id : ids) id = random.integer(0, VOCAB - 1);
+    return ids;
+}
+
+// Tokens from..to of a prompt as a batch of one run; every row wants one kind of output.
+struct Step {
+    std::vector<int32_t> ids, positions, rows, offsets, slots = {-1}, table = {5, 1, 7, 2};
+    std::vector<uint8_t> kinds;
+    std::vector<int32_t> targets, top_n;
+    StepInput input;
+
+    Step(const std::vector<int32_t>& all, size_t from, size_t to, OutputKind kind)
+        : ids(all.begin() + static_cast<ptrdiff_t>(from),
+              all.begin() + static_cast<ptrdiff_t>(to)) {
+        for (size_t i = from; i < to; ++i) {
+            positions.push_back(static_cast<int32_t>(i));
+            rows.push_back(static_cast<int32_t>(i - from));
+            kinds.push_back(static_cast<uint8_t>(kind));
+        }
+        offsets = {0, static_cast<int32_t>(to - from)};
+        if (kind == OutputKind::SCORE) {
+            targets.assign(to - from, 17);
+            top_n.assign(to - from, 4);
+        }
+        input.token_ids = ids;
+        input.positions = positions;
+        input.run_offsets = offsets;
+        input.adapter_slots = slots;
+        input.block_tables = table.data();
+        input.block_table_width = table.size();
+        input.output_rows = rows;
+        input.output_kinds = kinds;
+        input.score_targets = targets;
+        input.score_top_n = top_n;
+    }
+};
+
+std::vector<float> logits_of(Decoder& decoder, const std::vector<int32_t>& ids,
+                             const std::vector<size_t>& cuts) {
+    std::vector<float> logits(ids.size() * VOCAB);
+    size_t from = 0;
+    for (size_t i = 0; i <= cuts.size(); ++i) {
+        const size_t to = i < cuts.size() ? cuts[i] : ids.size();
+        const Step step(ids, from, to, OutputKind::LOGITS);
+        StepOutput output;
+        output.logits = logits.data() + from * VOCAB;
+        decoder.forward(step.input, output);
+        from = to;
+    }
+    return logits;
+}
+
+// A plan whose entries take each way through the sampler.
+struct Draws {
+    std::vector<float> temperature = {0.0f, 1.0f, 0.7f, 0.7f, 0.7f}, top_p = {1, 1, 1, 0.9f, 1},
+                       min_p = {0, 0, 0, 0, 0.1f}, ones = {1, 1, 1, 1, 1.5f},
+                       zeros = {0, 0, 0, 0, 0.5f};
+    std::vector<int32_t> top_k = {0, 0, 30, 0, 0}, index = {0, 1, 2, 3, 4},
+                         logprobs = {-1, 3, -1, 0, 2};
+    std::vector<uint64_t> seed = {1, 2, 3, 4, 5};
+    std::vector<int32_t> offsets = {0, 0, 0, 0, 0, 2}, listed = {3, 9}, counts = {1, 0};
+    std::vector<float> values = {0.5f, -2.0f};
+    std::vector<uint32_t> mask = std::vector<uint32_t>((VOCAB + 31) / 32, 0x5555FFFFu);
+    std::vector<int32_t> mask_rows = {0, -1, -1, -1, -1};
+
+    SamplePlan view() const {
+        SamplePlan plan;
+        plan.count = 5;
+        plan.temperature = temperature.data();
+        plan.top_k = top_k.data();
+        plan.top_p = top_p.data();
+        plan.min_p = min_p.data();
+        plan.seed = seed.data();
+        plan.choice = plan.position = index.data();
+        plan.top_logprobs = logprobs.data();
+        plan.repetition_penalty = ones.data();
+        plan.frequency_penalty = plan.presence_penalty = zeros.data();
+        plan.seen_offsets = plan.bias_offsets = offsets.data();
+        plan.seen_ids = plan.bias_ids = listed.data();
+        plan.seen_counts = counts.data();
+        plan.bias_values = values.data();
+        plan.seen_count = plan.bias_count = 2;
+        plan.mask = mask.data();
+        plan.mask_count = 1;
+        plan.mask_words = mask.size();
+        plan.mask_rows = mask_rows.data();
+        return plan;
+    }
+};
+
+size_t allocations_during(const std::function<void()>& work) {
+    allocations = 0;
+    counting = true;
+    work();
+    counting = false;
+    return allocations;
+}
+
+}  // namespace
+
+TEST(the_counter_counts) {
+    std::vector<int> kept;
+    CHECK(allocations_during([&] { kept.resize(10000); }) > 0);
+    CHECK(kept.size() == 10000);
+}
+
+TEST(a_step_allocates_nothing) {
+    const auto ids = prompt(90);
+    const Draws draws;
+    std::vector<float> hidden(MAX_TOKENS * HIDDEN), logits(MAX_TOKENS * VOCAB),
+        logprobs(MAX_TOKENS), top_values(MAX_TOKENS * 4);
+    std::vector<int32_t> sampled(5), top_ids(MAX_TOKENS * 4);
+    const StepOutput output{hidden.data(),
+                            logits.data(),
+                            sampled.data(),
+                            logprobs.data(),
+                            top_ids.data(),
+                            top_values.data(),
+                            4};
+    Step sampling(ids, 85, 90, OutputKind::SAMPLE);
+    sampling.input.plan = draws.view();
+    const Step prefill(ids, 0, 80, OutputKind::SCORE), middle(ids, 80, 84, OutputKind::HIDDEN),
+        one(ids, 84, 85, OutputKind::LOGITS);
+    for (const int threads : {1, 2, 3}) {
+        const Model model(best_kernels(), threads);
+        model.decoder->forward(one.input, output);  // the first one may still start threads
+        for (const Step* step : {&prefill, &middle, &one, static_cast<const Step*>(&sampling)}) {
+            const size_t count =
+                allocations_during([&] { model.decoder->forward(step->input, output); });
+            CHECK_WITH(count == 0, count << " allocations, " << threads << " threads");
+        }
+    }
+}
+
+TEST(kernels_threads_and_pieces_change_no_bit) {
+    const auto ids = prompt(90);
+    for (const FloatType kv_type : {FloatType::BF16, FloatType::F32}) {
+        const Model plain(scalar_kernels, 1, kv_type);
+        const auto expected = logits_of(*plain.decoder, ids, {});
+        for (const float logit : expected) CHECK(std::isfinite(logit));
+        for (const auto& [label, kernels] : variants()) {
+            for (const int threads : {1, 2, 3}) {
+                const Model model(*kernels, threads, kv_type);
+                CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {})),
+                           label << " " << threads);
+                CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {1, 2, 34, 64, 89})),
+                           label << " " << threads << " in pieces");
+            }
+        }
+    }
+}
+
+TEST(a_batch_that_contradicts_itself_is_refused) {
+    const Model model(scalar_kernels, 1);
+    const auto ids = prompt(8);
+    std::vector<float> logits(8 * VOCAB);
+    StepOutput output;
+    output.logits = logits.data();
+    const auto refuses = [&](const std::function<void(Step&)>& spoil) {
+        Step step(ids, 0, 8, OutputKind::LOGITS);
+        spoil(step);
+        return throws<std::invalid_argument>([&] { model.decoder->forward(step.input, output); });
+    };
+    CHECK(!refuses([](Step&) {}));
+    CHECK(refuses([](Step& step) { step.ids[3] = VOCAB; }));
+    CHECK(refuses([](Step& step) { step.ids[3] = -1; }));
+    CHECK(refuses([](Step& step) { step.positions[3] = 7; }));
+    CHECK(refuses([](Step& step) { step.positions[0] = -1; }));
+    CHECK(refuses([](Step& step) { step.table[0] = BLOCKS; }));
+    CHECK(refuses([](Step& step) { step.table[0] = -1; }));
+    CHECK(refuses([](Step& step) { step.input.block_table_width = 0; }));
+    CHECK(refuses([](Step& step) { step.slots[0] = 0; }));
+    CHECK(refuses([](Step& step) { step.rows[7] = 8; }));
+    CHECK(refuses([](Step& step) { step.kinds[7] = 4; }));
+    CHECK(refuses([](Step& step) { step.kinds[7] = static_cast<uint8_t>(OutputKind::SAMPLE); }));
+    CHECK(refuses([](Step& step) { step.kinds[7] = static_cast<uint8_t>(OutputKind::SCORE); }));
+    CHECK(refuses([](Step& step) { step.offsets[1] = 7; }));
+    CHECK(refuses([](Step& step) { step.input.token_ids = {}; }));
+}
+
+TEST(an_incomplete_model_is_refused) {
+    Decoder decoder(scalar_kernels, {VOCAB, HIDDEN, 1e-5f, 1.0f}, {1, FloatType::BF16, 1, 1});
+    CHECK(throws<std::invalid_argument>([&] { decoder.prepare(); }));
+    CHECK(throws<std::invalid_argument>([&] { decoder.set_final_norm(std::vector<float>(3)); }));
+    CHECK(throws<std::invalid_argument>(
+        [&] { decoder.set_vector(0, VectorName::ATTN_NORM, std::vector<float>(HIDDEN)); }));
+    decoder.add_layer({2, 1, 4, Activation::RELU2, 1e-5f, 1.0f, 0, {1.0f, 0.5f}});
+    const std::vector<uint8_t> packed(8 * canonical_row_bytes(HIDDEN), 0xFF);
+    const std::vector<float> scales(1, 1.0f);
+    CHECK(throws<std::domain_error>(
+        [&] { decoder.set_linear(0, LinearName::Q, packed.data(), 8, HIDDEN, scales); }));
+    CHECK(throws<std::invalid_argument>([&] {
+        decoder.set_linear(0, LinearName::Q, packed.data(), 8, HIDDEN, std::vector<float>(2));
+    }));
+    CHECK(throws<std::invalid_argument>(
+        [&] { decoder.add_layer({3, 2, 4, Activation::RELU2, 1e-5f, 1.0f, 0, {}}); }));
+    const StepInput nothing;
+    CHECK(throws<std::invalid_argument>([&] { decoder.forward(nothing, {}); }));
+}
