@@ -153,12 +153,15 @@ def test_activations_are_rounded_half_to_even_in_float32():
     assert q.tolist() == [127, 0, 2, -2, -126, 3]
 
 
-def test_activations_are_multiplied_by_the_factor_not_divided_by_its_inverse():
-    """The two forms differ in the last bit for some values; the first one is the rule."""
-    x = np.random.default_rng(5).normal(size=20000).astype(np.float32)
-    q, a = quantize_activations(x)
-    assert (q == np.rint(x * (np.float32(127) / np.abs(x).max()))).all()
-    assert a == np.float32(127) / np.abs(x).max()
+@pytest.mark.parametrize(
+    ("largest", "code"), [(144, 64), (148, 64), (152, 63), (190, 63), (240, 63), (244, 63)]
+)
+def test_activations_are_multiplied_by_the_factor_not_divided_by_its_inverse(largest, code):
+    """Half of the largest is nearly 63.5: x * (127 / m) and x / (m / 127) round it differently."""
+    q, _ = quantize_activations(np.array([largest, largest / 2], np.float32))
+    assert q.tolist() == [127, code]
+    step = np.float32(largest) / np.float32(127)
+    assert np.rint(np.float32(largest / 2) / step) != code
 
 
 def test_each_token_has_its_own_factor():
