@@ -140,6 +140,7 @@ format:  ## rewrite all sources in the project's format
 docs: install  ## regenerate the pages that are made from the code
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_tree.py
+	$(BIN)/python -m nanobind.stubgen -q -m bitllm._native -o src/bitllm/_native.pyi
 
 clean:  ## remove what was built and cached, .venv excepted
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*

@@ -472,7 +472,7 @@ void bind_machine(nb::module_& module) {
             flags["avx512dq"] = features.avx512dq;
             flags["avx512vl"] = features.avx512vl;
             flags["avx512vnni"] = features.avx512vnni;
-            nb::dict info;
+            nb::typed<nb::dict, nb::str, nb::any> info;
             info["name"] = cpu_name();
             info["physical_cores"] = physical_cores();
             info["usable_cpus"] = usable_cpus();

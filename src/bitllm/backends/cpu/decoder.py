@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,9 @@ __all__ = ["CpuDecoder"]
 
 I32 = npt.NDArray[np.int32]
 
+# In the order of the native call's arguments.
 _PLAN_FIELDS = tuple(field.name for field in fields(SamplePlan))
+_OUTPUT_FIELDS = tuple(field.name for field in fields(StepOutput))
 
 
 class CpuDecoder:
@@ -67,26 +70,21 @@ class CpuDecoder:
         """Compute one step; see `bitllm.backends.base.Decoder.forward`."""
         native = self._open()
         output = _empty_output(batch, self.spec)
-        plan = batch.plan
+        arrays: list[npt.NDArray[Any]] = [
+            batch.token_ids,
+            batch.positions,
+            batch.run_offsets,
+            np.ascontiguousarray(batch.block_tables),
+            batch.adapter_slots,
+            batch.output_rows,
+            batch.output_kinds,
+            batch.score_targets,
+            batch.score_top_n,
+            *(getattr(batch.plan, name) for name in _PLAN_FIELDS),
+            *(getattr(output, name) for name in _OUTPUT_FIELDS),
+        ]
         try:
-            native.forward(
-                batch.token_ids,
-                batch.positions,
-                batch.run_offsets,
-                np.ascontiguousarray(batch.block_tables),
-                batch.adapter_slots,
-                batch.output_rows,
-                batch.output_kinds,
-                batch.score_targets,
-                batch.score_top_n,
-                *[getattr(plan, name) for name in _PLAN_FIELDS],
-                output.hidden,
-                output.logits,
-                output.sampled,
-                output.logprobs,
-                output.top_ids,
-                output.top_logprobs,
-            )
+            native.forward(*arrays)
         except (TypeError, ValueError) as error:
             # The native code checks as much as check_batch, faster, but says less about it.
             check_batch(batch, self.spec, self._kv_capacity, self._max_batch_tokens)
