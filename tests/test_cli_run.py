@@ -195,7 +195,7 @@ def test_a_stop_string_from_the_environment_keeps_its_spaces(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = written(model, "abc", max_tokens=30, temperature=1, seed=5)
-    monkeypatch.setenv("BITLLM_STOP", "no such \n text")
+    monkeypatch.setenv("BITLLM_STOP", f"{whole[3]} {whole[6]}")
     sampling = ["--max-tokens", "30", "--temperature", "1", "--seed", "5"]
     assert run("abc", "-m", model, *sampling).stdout == whole + "\n"
     monkeypatch.setenv("BITLLM_STOP", whole[3:6])

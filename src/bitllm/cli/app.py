@@ -57,8 +57,7 @@ class CommandGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; report its failure, and end quietly if the reader of stdout went away."""
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
+            return super().invoke(ctx)
         except BrokenPipeError:
             _discard_stdout()
             raise click.exceptions.Exit(failures.EXIT_CLOSED) from None
@@ -67,7 +66,6 @@ class CommandGroup(click.Group):
         except Exception as error:
             status = failures.report(error, verbose=is_verbose(ctx))
             raise click.exceptions.Exit(status) from error
-        return result
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Parse the command line, run it and exit with its code; never returns."""
