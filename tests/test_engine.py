@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bitllm.engine.engine import Engine
 from bitllm.engine.outputs import Completion
 from bitllm.engine.request import Request
-from bitllm.errors import ConfigError
+from bitllm.errors import ConfigError, ContextOverflowError
 from fake_decoder import FakeDecoder
 
 END = 257
@@ -165,11 +165,13 @@ def test_logprobs_of_neighbours_do_not_mix() -> None:
 
 
 def test_seed_and_position_decide_the_draw() -> None:
-    engine, _ = make_engine()
+    engine, decoder = make_engine()
     first, again, other = complete(
         engine,
         [request(temperature=1.0, seed=seed, max_tokens=20) for seed in (1, 1, 2)],
     )
+    assert [batch.plan.position.tolist() for batch in decoder.steps] == [[n] * 3 for n in range(20)]
+    assert decoder.steps[0].plan.seed.tolist() == [1, 1, 2]
     assert first.token_ids == again.token_ids
     assert first.token_ids != other.token_ids
     assert (first.seed, other.seed) == (1, 2)
@@ -345,6 +347,14 @@ def test_a_closed_engine_says_so() -> None:
     with pytest.raises(ConfigError, match="closed"):
         engine.next_chunk(sequence)
     engine.abort(sequence)
+
+
+def test_a_request_that_the_cache_cannot_hold() -> None:
+    engine, _ = make_engine(blocks=2)
+    with pytest.raises(ContextOverflowError, match=r"need 65 positions .* holds 64"):
+        engine.add(request("x" * 60, max_tokens=6))
+    (result,) = complete(engine, [request("x" * 60, max_tokens=5)])  # the last is not computed
+    assert len(result.token_ids) == 5
 
 
 def test_waiting_for_a_sequence_that_was_aborted_is_a_bug() -> None:
