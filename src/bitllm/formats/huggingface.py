@@ -176,7 +176,12 @@ class _HuggingFaceSource:
     def dense(self, name: str) -> DenseTensor | None:
         """Return a view of the dense tensor called `name`, or None if the model has none."""
         stored = self._dense_names.get(name)
-        return None if stored is None else self._files[stored].dense(stored)
+        if stored is None:
+            return None
+        tensor = self._files[stored].dense(stored)
+        if name.endswith(".bias") and self._scales_bias(name.removesuffix(".bias")):
+            return self._scaled_bias(name.removesuffix(".bias"), tensor)
+        return tensor
 
     def ternary(self, name: str) -> TernaryMatrix | None:
         """Read the ternary matrix called `name` into the canonical packing, or None."""
@@ -194,6 +199,18 @@ class _HuggingFaceSource:
         if (matrix.packed == _ZERO_WEIGHTS).all():
             warnings.warn(f"{file.path}: every weight of {stored!r} is zero", stacklevel=2)
         return matrix
+
+    def _scales_bias(self, linear: str) -> bool:
+        """Whether transformers multiplies the bias by the weight scale too: (x W + b) * scale.
+
+        Its AutoBitLinear does with stored scales; not its BitLinear, and not with masters.
+        """
+        return self._projections[linear].has_scale and self._quantization.convention == "multiply"
+
+    def _scaled_bias(self, linear: str, bias: DenseTensor) -> DenseTensor:
+        name = f"{self._projections[linear].module}.weight_scale"
+        scale = self._files[name].dense(name).to_float32().reshape(())
+        return DenseTensor(bias.to_float32() * scale, "f32")
 
     def _stored_name(self, name: str) -> str:
         """The name in the file of a dense tensor with canonical `name`."""
