@@ -126,6 +126,13 @@ def test_a_named_model_prints_nothing(model: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr() == ("", "")
 
 
+def test_progress_counts_the_ternary_matrices(model: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    with load(model, progress=lambda done, total: seen.append((done, total))) as llm:
+        total = 7 * len(llm.spec.layers)
+    assert seen == [(done, total) for done in range(1, total + 1)]
+
+
 def test_too_little_memory_is_told_before_weights_are_read(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

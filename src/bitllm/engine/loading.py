@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from os import PathLike
 from typing import TypedDict, Unpack
 
 from bitllm.backends import get_backend
@@ -45,7 +46,7 @@ class EngineKeywords(TypedDict, total=False):
 
 
 def load(
-    ref: str | None = None,
+    ref: str | PathLike[str] | None = None,
     *,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
