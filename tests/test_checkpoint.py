@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic import MemorySource, dense_tensor, random_checkpoint, tiny_spec
 
 from bitllm.checkpoint import LINEAR_NAMES, DenseTensor, RopeSpec, TernaryMatrix
 from bitllm.errors import ConfigError, MissingTensorError, QuantizationError, TensorShapeError
+from synthetic import MemorySource, dense_tensor, random_checkpoint, tiny_spec
 
 CODES = np.array([[1, 0, -1, 1, 1], [0, 0, 1, -1, 0]], np.int8)
 

@@ -74,6 +74,30 @@ def test_threads_pieces_and_batches_change_no_bit(switch, isa):
         assert_same_bits(mixed.logits[33:], expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_layer_of_real_width(isa):
+    """The widths of bitnet-b1.58-2B-4T: sums and tiles of the length they have there."""
+    spec = tiny_spec(
+        num_layers=1,
+        vocab_size=1031,
+        hidden_size=2560,
+        ffn_size=6912,
+        num_heads=20,
+        num_kv_heads=5,
+        head_dim=128,
+        rope_theta=500000.0,
+        attn_sub_norm=True,
+        ffn_sub_norm=True,
+        tied_head=True,
+    )
+    checkpoint = random_checkpoint(spec)
+    ids = prompt_ids(70, spec.vocab_size)
+    expected = logits_of(load("reference", checkpoint), ids)
+    native = load("cpu", checkpoint, isa=isa, threads=2)
+    assert_same_bits(logits_of(native, ids, [68, 69]), expected)
+
+
 COMBINATIONS = st.fixed_dictionaries(
     {
         "hidden_size": st.sampled_from([1, 3, 17, 64, 97, 255, 257]),

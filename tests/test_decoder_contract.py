@@ -192,12 +192,15 @@ def batch_with(**fields) -> Batch:
 
 
 I32 = np.int32
+TWO_RUNS = {"block_tables": np.array([[0], [1]], I32), "adapter_slots": np.full(2, -1, I32)}
 CONTRADICTIONS = {
     "no tokens": {"token_ids": np.zeros(0, I32)},
     "id too high": {"token_ids": np.array([1, 101, 3], I32)},
     "negative id": {"token_ids": np.array([1, -1, 3], I32)},
     "runs do not cover": {"run_offsets": np.array([0, 2], I32)},
-    "empty run": {"run_offsets": np.array([0, 0, 3], I32)},
+    "empty run": {"run_offsets": np.array([0, 0, 3], I32), **TWO_RUNS},
+    "falling runs": {"run_offsets": np.array([0, 4, 3], I32), **TWO_RUNS},
+    "runs without tables": {"run_offsets": np.array([0, 1, 3], I32)},
     "positions jump": {"positions": np.array([0, 2, 3], I32)},
     "negative position": {"positions": np.array([-1, 0, 1], I32)},
     "too few positions": {"positions": np.array([0, 1], I32)},
