@@ -32,7 +32,6 @@ template <class T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using AnyMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void require(bool holds, const std::string& text) {
     if (!holds) throw std::invalid_argument(text);
@@ -82,14 +81,14 @@ class BoundDecoder {
     BoundDecoder(const std::string& isa, ModelConfig model, RuntimeConfig runtime)
         : model_(model), core_(kernels_named(isa), model, runtime) {}
 
-    DenseMatrix borrow(const AnyMatrix& array, const std::string& dtype) {
+    // `rows` are the bytes of a [vocab, hidden] matrix.
+    DenseMatrix borrow(const Matrix<const uint8_t>& rows, const std::string& dtype) {
         const FloatType type = float_type(dtype);
-        require(array.itemsize() == (type == FloatType::F32 ? 4 : 2),
-                "the array's items are not " + dtype);
-        require(array.shape(0) == model_.vocab && array.shape(1) == model_.hidden,
-                "embedding and head must be [vocabulary, hidden]");
-        borrowed_.push_back(array);
-        return {static_cast<const std::byte*>(array.data()), type};
+        const size_t row_bytes = model_.hidden * (type == FloatType::F32 ? 4 : 2);
+        require(rows.shape(0) == model_.vocab && rows.shape(1) == row_bytes,
+                "embedding and head must be [vocabulary, hidden] of " + dtype);
+        borrowed_.push_back(rows);
+        return {reinterpret_cast<const std::byte*>(rows.data()), type};
     }
 
     Decoder& core() { return core_; }
@@ -97,7 +96,7 @@ class BoundDecoder {
 
   private:
     ModelConfig model_;
-    std::vector<AnyMatrix> borrowed_;
+    std::vector<Matrix<const uint8_t>> borrowed_;
     Decoder core_;
 };
 
@@ -231,16 +230,18 @@ void bind_decoder(nb::module_& module) {
             "Append a layer and return its index.")
         .def(
             "set_embedding",
-            [](BoundDecoder& self, const AnyMatrix& array, const std::string& dtype) {
-                self.core().set_embedding(self.borrow(array, dtype));
+            [](BoundDecoder& self, const Matrix<const uint8_t>& rows, const std::string& dtype) {
+                self.core().set_embedding(self.borrow(rows, dtype));
             },
-            "array"_a.noconvert(), "dtype"_a, "Borrow [vocab, hidden]; dtype is f32, bf16 or f16.")
+            "rows"_a.noconvert(), "dtype"_a,
+            "Borrow the bytes of [vocab, hidden]; dtype is f32, bf16 or f16.")
         .def(
             "set_head",
-            [](BoundDecoder& self, const AnyMatrix& array, const std::string& dtype) {
-                self.core().set_head(self.borrow(array, dtype));
+            [](BoundDecoder& self, const Matrix<const uint8_t>& rows, const std::string& dtype) {
+                self.core().set_head(self.borrow(rows, dtype));
             },
-            "array"_a.noconvert(), "dtype"_a, "Borrow [vocab, hidden]; dtype is f32, bf16 or f16.")
+            "rows"_a.noconvert(), "dtype"_a,
+            "Borrow the bytes of [vocab, hidden]; dtype is f32, bf16 or f16.")
         .def(
             "set_final_norm",
             [](BoundDecoder& self, const F32& gain) { self.core().set_final_norm(span_of(gain)); },

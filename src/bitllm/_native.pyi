@@ -16,11 +16,11 @@ class Decoder:
     def add_layer(self, *, heads: int, kv_heads: int, head_dim: int, activation: str, norm_eps: float, query_scale: float, window: int, inverse_frequencies: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int:
         """Append a layer and return its index."""
 
-    def set_embedding(self, array: Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)], dtype: str) -> None:
-        """Borrow [vocab, hidden]; dtype is f32, bf16 or f16."""
+    def set_embedding(self, rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], dtype: str) -> None:
+        """Borrow the bytes of [vocab, hidden]; dtype is f32, bf16 or f16."""
 
-    def set_head(self, array: Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)], dtype: str) -> None:
-        """Borrow [vocab, hidden]; dtype is f32, bf16 or f16."""
+    def set_head(self, rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], dtype: str) -> None:
+        """Borrow the bytes of [vocab, hidden]; dtype is f32, bf16 or f16."""
 
     def set_final_norm(self, gain: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -69,30 +70,26 @@ class CpuDecoder:
     def forward(self, batch: Batch) -> StepOutput:
         """Compute one step; see `bitllm.backends.base.Decoder.forward`."""
         native = self._open()
-        output = _empty_output(batch, self.spec)
-        arrays: list[npt.NDArray[Any]] = [
-            batch.token_ids,
-            batch.positions,
-            batch.run_offsets,
-            np.ascontiguousarray(batch.block_tables),
-            batch.adapter_slots,
-            batch.output_rows,
-            batch.output_kinds,
-            batch.score_targets,
-            batch.score_top_n,
-            *(getattr(batch.plan, name) for name in _PLAN_FIELDS),
-            *(getattr(output, name) for name in _OUTPUT_FIELDS),
-        ]
         try:
-            native.forward(*arrays)
+            output = _empty_output(batch, self.spec)
+            native.forward(
+                batch.token_ids,
+                batch.positions,
+                batch.run_offsets,
+                np.ascontiguousarray(batch.block_tables),
+                batch.adapter_slots,
+                batch.output_rows,
+                batch.output_kinds,
+                batch.score_targets,
+                batch.score_top_n,
+                *_values(batch.plan, _PLAN_FIELDS),
+                *_values(output, _OUTPUT_FIELDS),
+            )
         except (TypeError, ValueError) as error:
-            # The native code checks as much as check_batch, faster, but says less about it.
+            # The native code checks as much as these two, faster, but says less about it.
+            _check_arrays(batch)
             check_batch(batch, self.spec, self._kv_capacity, self._max_batch_tokens)
-            if isinstance(error, TypeError):
-                message = f"an array is of the wrong dtype or not contiguous: {_arrays(batch)}"
-            else:
-                message = f"the batch cannot be computed: {error}"
-            raise ConfigError(message, hint="see the docstrings of Batch and SamplePlan") from error
+            raise ConfigError(f"the batch cannot be computed: {error}") from error
         return output
 
     def copy_blocks(self, pairs: I32) -> None:
@@ -137,11 +134,15 @@ class CpuDecoder:
             )
 
 
+def _values(record: SamplePlan | StepOutput, names: tuple[str, ...]) -> Iterator[Any]:
+    return (getattr(record, name) for name in names)
+
+
 def _empty_output(batch: Batch, spec: ModelSpec) -> StepOutput:
     counts = np.bincount(batch.output_kinds, minlength=len(OutputKind)).tolist()
     samples = counts[OutputKind.SAMPLE]
     scored = samples + counts[OutputKind.SCORE]
-    width = max(batch.plan.top_logprobs.max(initial=0), batch.score_top_n.max(initial=0))
+    width = int(max(batch.plan.top_logprobs.max(initial=0), batch.score_top_n.max(initial=0)))
     return StepOutput(
         hidden=np.empty((counts[OutputKind.HIDDEN], spec.hidden_size), np.float32),
         logits=np.empty((counts[OutputKind.LOGITS], spec.vocab_size), np.float32),
@@ -152,9 +153,18 @@ def _empty_output(batch: Batch, spec: ModelSpec) -> StepOutput:
     )
 
 
-def _arrays(batch: Batch) -> str:
-    """Name, dtype and shape of every array of a batch."""
+def _check_arrays(batch: Batch) -> None:
+    """Refuse an array that native code cannot read as it is."""
     named = {field.name: getattr(batch, field.name) for field in fields(Batch)}
-    plan = named.pop("plan")
-    named |= {f"plan.{name}": getattr(plan, name) for name in _PLAN_FIELDS}
-    return ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in named.items())
+    plan, blank = named.pop("plan"), SamplePlan.greedy()
+    wanted = dict.fromkeys(named, np.dtype(np.int32)) | {"output_kinds": np.dtype(np.uint8)}
+    for name in _PLAN_FIELDS:
+        named[f"plan.{name}"] = getattr(plan, name)
+        wanted[f"plan.{name}"] = getattr(blank, name).dtype
+    for name, array in named.items():
+        strided = name != "block_tables" and not array.flags.c_contiguous
+        if array.dtype != wanted[name] or strided:
+            raise ConfigError(
+                f"{name} must be a contiguous array of {wanted[name]}, "
+                f"got {array.dtype} {list(array.shape)} with strides {array.strides}"
+            )
