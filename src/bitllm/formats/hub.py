@@ -12,6 +12,7 @@ import errno
 import importlib.resources
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -208,18 +209,26 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     """Fetch the files that match `patterns`; return the directory of the revision in the cache."""
     try:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.utils.tqdm import tqdm
     except ImportError as error:
         raise ModelNotFoundError(
             f"{repo} is not a local path, and huggingface_hub is not installed",
             hint="pip install huggingface_hub, or name a local directory",
         ) from error
-    return Path(
-        _explained(
-            repo,
-            revision,
-            lambda: snapshot_download(repo, revision=revision, allow_patterns=patterns),
+
+    class TerminalBar(tqdm):
+        """A progress bar for people, not for log files."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            hidden = kwargs.get("disable") or not sys.stderr.isatty()
+            super().__init__(*args, **{**kwargs, "disable": hidden})  # type: ignore[no-untyped-call]
+
+    def download() -> str:
+        return snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, tqdm_class=TerminalBar
         )
-    )
+
+    return Path(_explained(repo, revision, download))
 
 
 def _explained(repo: str, revision: str | None, download: Callable[[], Any]) -> Any:
@@ -260,7 +269,9 @@ def _explained(repo: str, revision: str | None, download: Callable[[], Any]) -> 
 
 
 def _unreachable(repo: str, error: Exception) -> BitllmError:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
         return ModelNotFoundError(
             f"{repo} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
             hint="unset HF_HUB_OFFLINE, or name a model that is there",
