@@ -48,7 +48,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     values = x.float()
     largest = values.abs().amax(dim=-1, keepdim=True).clamp_(min=_SMALLEST_SCALE)
-    a = 127.0 / largest
+    # A tensor, since torch computes number / tensor as number * (1 / tensor): two roundings.
+    a = torch.full_like(largest, 127.0) / largest
     return (values * a).round_().clamp_(-128, 127), a
 
 

@@ -50,7 +50,7 @@ def prepare_text(recipe: Recipe, out: Path) -> None:
     training = [d for d in documents if not is_held_out(d.group, percent)]
     tokenizer = train_tokenizer(training, recipe.tokenizer.vocab_size)
     temporary = out / "tokenizer.json.tmp"
-    tokenizer.save(str(temporary))
+    tokenizer.save(str(temporary), pretty=False)
     os.replace(temporary, out / "tokenizer.json")
     encoder = DocumentEncoder(out / "tokenizer.json")
     write_shards(documents, encoder, out / "shards", held_out_percent=percent)

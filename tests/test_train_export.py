@@ -1,0 +1,187 @@
+"""The exported folder: the codes of the model, read back by bitllm and by transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import BitNetForCausalLM
+from transformers.quantizers import quantizer_bitnet
+
+from batches import logits_of, prompt_ids
+from bitllm import ternary
+from bitllm.backends.base import LoadOptions
+from bitllm.backends.reference import ReferenceBackend
+from bitllm.checkpoint import RopeSpec
+from bitllm.errors import UnsupportedModelError
+from bitllm.formats import open_checkpoint, read_generation_config
+from bitllm.tokenizer import load_tokenizer
+from bitllm.train.bitlinear import quantize_weights
+from bitllm.train.export import bitnet_config, export_model, pack_rows
+from bitllm.train.model import TernaryDecoder
+from bitllm.train.recipe import ExportSettings
+from tiny_training import prepare_tiny
+from torch_checkpoint import torch_checkpoint
+
+# Run what transformers compiles as it is written: nothing is gained at these sizes.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(torch, "compile", lambda function: function)
+    from transformers.integrations import bitnet as hf
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=["tied", "untied_silu"])
+def exported(request, tmp_path_factory):
+    """A model of random weights whose dense values bfloat16 can hold, and its folder."""
+    folder = tmp_path_factory.mktemp("export")
+    recipe = prepare_tiny(folder)
+    if request.param == "untied_silu":
+        settings = dataclasses.replace(recipe.model, tied_head=False, activation="silu")
+        recipe = dataclasses.replace(recipe, model=settings)
+    torch.manual_seed(3)
+    model = TernaryDecoder(recipe.spec()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter.mul_(10)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+                parameter.copy_(parameter.bfloat16())
+    export_model(model, folder / "tokenizer.json", folder / "model", ExportSettings())
+    return model, folder / "model"
+
+
+def test_the_published_packing():
+    """The example of transformers' packer: 8 rows of one column."""
+    codes = torch.tensor([[1.0], [0], [-1], [-1], [0], [1], [1], [-1]])
+    assert pack_rows(codes).tolist() == [[0x92], [0x21]]
+
+
+def test_codes_and_scales_come_back_equal(exported):
+    model, folder = exported
+    wanted, found = torch_checkpoint(model), open_checkpoint(folder)
+    names = [name for name, _ in model.spec.linear_names()]
+    assert len(names) == 14
+    for name in names:
+        matrix, original = found.ternary(name), wanted.ternary(name)
+        assert (matrix.codes() == original.codes()).all(), name
+        assert (matrix.scales == original.scales).all(), name
+
+
+def test_codes_are_those_of_the_number_format(exported):
+    model, folder = exported
+    weight = model.get_parameter("model.layers.1.mlp.down_proj.weight").detach()
+    codes, _ = ternary.quantize_weights(weight.numpy())
+    assert (open_checkpoint(folder).ternary("layers.1.down").codes() == codes).all()
+
+
+def test_the_architecture_comes_back_equal(exported):
+    model, folder = exported
+    assert open_checkpoint(folder).spec == model.spec
+
+
+def test_the_reference_decoder_computes_the_logits_of_torch(exported):
+    model, folder = exported
+    ids = prompt_ids(50, model.spec.vocab_size)
+    with torch.inference_mode():
+        wanted = model(torch.tensor([ids]))[0].numpy()
+    options = LoadOptions(kv_tokens=64, kv_dtype="fp32")
+    found = logits_of(ReferenceBackend().load(open_checkpoint(folder), options), ids)
+    assert ((found - wanted) ** 2).sum() / (wanted**2).sum() <= 1e-4
+
+
+def test_transformers_computes_the_logits_of_torch(exported, monkeypatch):
+    """The folder as it stands, through transformers' own loader."""
+    model, folder = exported
+    # Its quantizer asks for accelerate, which it needs to spread a model over devices only.
+    monkeypatch.setattr(quantizer_bitnet, "is_accelerate_available", lambda: True)
+    other, report = BitNetForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert isinstance(other.model.layers[0].mlp.down_proj, hf.AutoBitLinear)
+    other = torch.nn.Module.float(other)  # its own float() refuses quantised models
+    ids = torch.tensor([prompt_ids(50, model.spec.vocab_size)])
+    with torch.inference_mode():
+        wanted, found = model(ids)[0], other(ids).logits[0]
+    assert ((found - wanted) ** 2).sum() / (wanted**2).sum() <= 1e-4
+
+
+def test_generation_defaults_and_stop_ids(exported):
+    _, folder = exported
+    defaults = read_generation_config(folder)
+    assert (defaults.temperature, defaults.top_p, defaults.eos_token_ids) == (0.7, 0.9, (1, 2))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.bos_id == 0
+    assert tokenizer.stop_ids == {1, 2}
+    assert tokenizer.has_chat_template
+
+
+def test_an_export_replaces_an_older_one_whole(exported, tmp_path):
+    model, folder = exported
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "stale.txt").write_text("old")
+    (tmp_path / "model.tmp").mkdir()
+    (tmp_path / "model.tmp" / "half.txt").write_text("interrupted")
+    export_model(model, folder / "tokenizer.json", target, ExportSettings(temperature=0.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert {path.name for path in target.iterdir()} == {path.name for path in folder.iterdir()}
+    assert json.loads((target / "generation_config.json").read_text())["do_sample"] is False
+
+
+def test_weights_are_readable_by_everyone(exported):
+    assert (exported[1] / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def with_layer(spec, **changes):
+    layer = dataclasses.replace(spec.layers[0], **changes)
+    return dataclasses.replace(spec, layers=(layer,) * len(spec.layers))
+
+
+def with_linear(spec, **changes):
+    return with_layer(spec, q=dataclasses.replace(spec.layers[0].q, **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda s: with_layer(s, attn_sub_norm=False), "missing norms"),
+        (lambda s: with_layer(s, qk_norm=True), "q/k norms"),
+        (lambda s: with_layer(s, sliding_window=8), "sliding window"),
+        (lambda s: with_layer(s, rope=RopeSpec(1e4, 8, "linear", 2.0)), "scaled RoPE"),
+        (lambda s: with_layer(s, query_scale=1.0), "query scale"),
+        (lambda s: with_layer(s, norm_eps=1e-6), "two norm epsilons"),
+        (lambda s: with_linear(s, bias=True), "norms or biases"),
+        (lambda s: with_linear(s, activation_bits=None), "not int8"),
+        (lambda s: with_linear(s, out_features=30), "no multiple of 4"),
+        (lambda s: dataclasses.replace(s, embedding_scale=2.0), "embedding scale"),
+        (
+            lambda s: dataclasses.replace(
+                s, layers=(*s.layers, with_linear(s, bias=True).layers[0])
+            ),
+            "layers that differ",
+        ),
+    ],
+)
+def test_what_the_format_cannot_say_is_refused(exported, change, what):
+    with pytest.raises(UnsupportedModelError, match=what):
+        bitnet_config(change(exported[0].spec))
+
+
+def test_scales_are_stored_as_bfloat16(exported):
+    model, folder = exported
+    source = open_checkpoint(folder).ternary("layers.0.q").source_scales
+    _, scale = quantize_weights(model.get_parameter("model.layers.0.self_attn.q_proj.weight"))
+    assert source.dtype == "bf16"
+    assert source.to_float32().ravel()[0] == np.float32(scale.item())
