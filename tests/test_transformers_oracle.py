@@ -1,12 +1,12 @@
 """Against transformers: models with random weights, written by its own save_pretrained.
 
-Integers (codes, int8 activations, accumulators) are compared with `==` on identical inputs. The
-logits of whole models run in float32 on both sides and may differ by what changes of the last bit
-do to int8 rounding further on. Mostly nothing: the normalised squared error is then about 1e-13. But
-once one of the int8 codes falls to the other side of a tie, everything behind it in that text moves
-by the noise of the quantisation itself. So the error of the median row is held to 1e-4, that of all
-rows together to 1e-3, and greedy tokens are the same except where transformers' own two best are
-closer than 0.05 (counted and printed).
+Integers (codes, int8 activations, accumulators) are compared with `==` on identical inputs. Whole
+models run in float32 on both sides. Mostly their logits then differ by a normalised squared error
+of about 1e-13; but once a difference in the last bit moves an int8 code to the other side of a tie,
+everything behind it in that text moves by the noise of the quantisation itself. So of three texts
+the median error is held to 1e-4, the largest to 1e-3, and greedy tokens are the same except where
+transformers' own two best are closer than 0.05, or than four times the row's difference (counted
+and printed).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ MODULES = {name: f"self_attn.{name}_proj" for name in "qkvo"}
 MODULES |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
-    "hidden_size": 156,
-    "intermediate_size": 268,
+    "hidden_size": 132,
+    "intermediate_size": 204,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
@@ -166,7 +166,7 @@ def make_model(case: Case) -> Any:
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
             elif "proj" not in name:
-                parameter.normal_(std=0.4)
+                parameter.normal_(std=0.15)
     return model.eval()
 
 
@@ -219,8 +219,9 @@ def int8_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x * a).round().clamp(-128, 127), a
 
 
-def prompt(count: int = 48) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (1, count), generator=torch.Generator().manual_seed(5))
+def prompts() -> torch.Tensor:
+    """Three texts, each longer than a KV block, int64 [3, tokens]."""
+    return torch.randint(0, VOCAB, (3, 34), generator=torch.Generator().manual_seed(5))
 
 
 class TestProjections:
@@ -254,11 +255,11 @@ class TestProjections:
             for name, module in linears(written)
         ]
         with torch.no_grad():
-            written.model(prompt())
+            written.model(prompts())
         for hook in hooks:
             hook.remove()
         for name, module in linears(written):
-            x, output = (tensor.detach()[0] for tensor in seen[name])
+            x, output = (tensor.detach().flatten(0, 1) for tensor in seen[name])
             if module.rms_norm is not None:
                 x = module.rms_norm(x).detach()
             q, a = quantize_activations(x.numpy())
@@ -299,13 +300,8 @@ class TestArchitecture:
         assert layer.head_dim == written.model.model.layers[0].self_attn.head_dim
         assert spec.max_context == config.max_position_embeddings
         assert isinstance(layer.rope, RopeSpec)
-        ternary = sum(linear.in_features * linear.out_features for _, linear in spec.linear_names())
-        packed = sum(4 * m.weight.numel() for _, m in linears(written) if is_packed(m))
-        assert packed in (0, ternary)
-
-
-def is_packed(module: Any) -> bool:
-    return isinstance(module, hf.BitLinear)
+        shapes = [(linear.out_features, linear.in_features) for _, linear in spec.linear_names()]
+        assert shapes == [(m.out_features, m.in_features) for _, m in linears(written)]
 
 
 def nmse(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -316,26 +312,27 @@ def nmse(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize("device", ["reference", "cpu"])
 def test_logits_of_the_whole_model(written: Written, device: str) -> None:
-    ids = prompt()
+    ids = prompts()
     with torch.no_grad():
-        theirs = written.model(ids).logits[0].numpy()
+        theirs = written.model(ids).logits.numpy()
     options = LoadOptions(kv_tokens=128, kv_dtype="fp32", threads=1)
     decoder = get_backend(device).load(written.checkpoint, options)
     try:
-        ours = logits_of(decoder, ids[0].tolist(), cuts=(33,))
+        ours = np.stack([logits_of(decoder, text.tolist()) for text in ids])
     finally:
         decoder.close()
-    error = nmse(ours, theirs)
-    median = np.median([nmse(*rows) for rows in zip(ours, theirs, strict=True)])
+    errors = sorted(nmse(*texts) for texts in zip(ours, theirs, strict=True))
     best = np.sort(theirs, axis=-1)
-    near = best[:, -1] - best[:, -2] < 0.05
+    noise = np.sqrt(((ours - theirs) ** 2).mean(axis=-1))
+    near = best[..., -1] - best[..., -2] < np.maximum(0.05, 4 * noise)
     differ = ours.argmax(-1) != theirs.argmax(-1)
     print(
-        f"NMSE {error:.1e}, median row {median:.1e}; greedy differs at {int(differ.sum())} of {len(ours)} rows, "
+        f"NMSE of the texts {', '.join(f'{error:.1e}' for error in errors)}; "
+        f"greedy differs at {int(differ.sum())} of {differ.size} tokens, "
         f"{int((differ & near).sum())} of them near ties"
     )
-    assert median <= 1e-4
-    assert error <= 1e-3
+    assert errors[1] <= 1e-4
+    assert errors[2] <= 1e-3
     assert not (differ & ~near).any()
 
 
