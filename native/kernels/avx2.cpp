@@ -192,17 +192,16 @@ inline Codes unpack(const uint8_t* packed) {
              _mm256_and_si256(_mm256_srli_epi16(bytes_u8x32, 6), low_bits)}};
 }
 
-// sum_i16x16 plus the products of 128 codes with q[0 ..], q[64 ..], q[128 ..], q[192 ..].
-inline __m256i add_products(__m256i sum_i16x16, const Codes& codes, const int8_t* q) {
-    const __m256i* q_i8x32 =
-        reinterpret_cast<const __m256i*>(q);  // element 2 j is 64 j bytes behind
-    const __m256i first_i16x16 =
-        _mm256_add_epi16(_mm256_maddubs_epi16(codes.u8x32[0], _mm256_loadu_si256(q_i8x32)),
-                         _mm256_maddubs_epi16(codes.u8x32[1], _mm256_loadu_si256(q_i8x32 + 2)));
-    const __m256i second_i16x16 =
-        _mm256_add_epi16(_mm256_maddubs_epi16(codes.u8x32[2], _mm256_loadu_si256(q_i8x32 + 4)),
-                         _mm256_maddubs_epi16(codes.u8x32[3], _mm256_loadu_si256(q_i8x32 + 6)));
-    return _mm256_add_epi16(sum_i16x16, _mm256_add_epi16(first_i16x16, second_i16x16));
+inline __m256i load_i8x32(const int8_t* at) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+}
+
+// Keeps the compiler from reordering the additions of a tile: it would hold all products at once
+// and run out of registers.
+inline void settle(__m256i& sum) {
+#if defined(__GNUC__)
+    __asm__("" : "+x"(sum));
+#endif
 }
 
 // sum_i32x8 plus neighbours of sum_i16x16.
@@ -228,10 +227,15 @@ inline void ternary_tile(const uint8_t* packed, size_t row_bytes, size_t blocks,
                 for (size_t r = 0; r < ROWS; ++r) {
                     const Codes codes =
                         unpack(packed + r * row_bytes + block * TERNARY_BLOCK_BYTES + half);
-                    for (size_t t = 0; t < TOKENS; ++t)
-                        sum_i16x16[r][t] =
-                            add_products(sum_i16x16[r][t], codes,
-                                         q + t * q_stride + block * TERNARY_BLOCK + half);
+                    for (size_t part = 0; part < 4; ++part) {
+                        const int8_t* q_part = q + block * TERNARY_BLOCK + part * 64 + half;
+                        for (size_t t = 0; t < TOKENS; ++t) {
+                            const __m256i products_i16x16 = _mm256_maddubs_epi16(
+                                codes.u8x32[part], load_i8x32(q_part + t * q_stride));
+                            sum_i16x16[r][t] = _mm256_add_epi16(sum_i16x16[r][t], products_i16x16);
+                            settle(sum_i16x16[r][t]);
+                        }
+                    }
                 }
             }
         }

@@ -1,4 +1,5 @@
 // Runs the native tests: all, or those of the files named as arguments (test_memory, ...).
+#include <exception>
 #include <filesystem>
 
 #include "check.h"
@@ -13,7 +14,11 @@ int main(int count, char** arguments) {
         for (const std::string& name : wanted) chosen = chosen || name == file;
         if (!chosen) continue;
         failures() = 0;
-        test.run();
+        try {
+            test.run();
+        } catch (const std::exception& error) {
+            fail(test.file, 0, std::string("an exception got out: ") + error.what());
+        }
         ++ran;
         broken += failures() > 0;
         std::cout << (failures() ? "FAILED " : "ok     ") << file << " " << test.name;

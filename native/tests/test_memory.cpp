@@ -57,6 +57,10 @@ TEST(arena_never_gives_more_than_it_has) {
     arena.take<int8_t>(64);
     CHECK(arena.used() == arena.capacity());
     CHECK(throws<std::length_error>([&] { arena.take<int8_t>(1); }));
+    // 50 bytes would fit, the 64 they take would not.
+    Arena odd(250);
+    odd.take<float>(48);
+    CHECK(throws<std::length_error>([&] { odd.take<int8_t>(50); }));
 }
 
 TEST(block_storage_keeps_blocks_apart) {

@@ -153,7 +153,7 @@ TEST(split_covers_everything_once) {
 }
 
 // The thread sanitizer does not run threads in the child of a process that has threads.
-#if !defined(_WIN32) && !defined(__SANITIZE_THREAD__)
+#if !defined(_WIN32) && !defined(__SANITIZE_THREAD__) && !defined(BITLLM_NO_FORK)
 TEST(the_child_of_a_fork_gets_workers_of_its_own) {
     ThreadPool& pool = shared_pool(2);
     int calls = 0;
