@@ -38,7 +38,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """A finished run.
+    """What a run came to.
 
     Attributes:
         model: the trained model.
@@ -89,7 +89,9 @@ def train(
     if resume:
         run.restore()
     run.advance(min(settings.steps, stop_after or settings.steps))
-    return TrainingResult(run.model, tuple(run.losses()), run.held_out_bpb())
+    finished = run.step == settings.steps
+    held_out_bpb = run.rows[-1]["held_out_bpb"] if finished else run.held_out_bpb()
+    return TrainingResult(run.model, tuple(run.losses()), held_out_bpb)
 
 
 class _Run:
