@@ -27,6 +27,7 @@ from bitllm.errors import (
     UnsupportedModelError,
 )
 from bitllm.formats import open_checkpoint, read_generation_config
+from bitllm.formats.architecture import read_model_spec, read_quantization
 from bitllm.formats.repack import quantize_masters, read_ternary_values, repack_row_strided
 from bitllm.ternary import dequantize, pack, quantize_weights
 
@@ -184,7 +185,7 @@ class TestRepacking:
 
     def test_values_of_two_sizes_are_not_ternary(self) -> None:
         weights = np.ones((1500, 1000), np.float32)
-        weights[0] = 2
+        weights[1048:] = 2  # the first band of rows is all ones, the second all twos
         assert read_ternary_values(DenseTensor(weights, "f32")) is None
         weights[0] = np.where(np.arange(1000) % 2, 1, 2)
         assert read_ternary_values(DenseTensor(weights, "f32")) is None
@@ -427,6 +428,14 @@ class TestConfig:
         model.config["num_key_value_heads"] = 1
         assert model.open(tmp_path).spec.layers[0].head_dim == 8
 
+    def test_qwen3_has_a_head_dim_of_its_own(self) -> None:
+        model = make_model("Qwen3ForCausalLM")
+        quantization = read_quantization(Path("config.json"), model.config)
+        spec = read_model_spec(Path("config.json"), model.config, quantization, model.tensors)
+        assert spec.layers[0].head_dim == 128
+        assert spec.layers[0].qk_norm
+        assert spec.layers[0].q.out_features == 128 * HEADS
+
     @pytest.mark.parametrize("said", [None, True, False])
     @pytest.mark.parametrize("stored", [True, False])
     def test_head(self, tmp_path: Path, said: bool | None, stored: bool) -> None:
@@ -624,7 +633,7 @@ class TestFiles:
     def test_index_that_leads_elsewhere(self, tmp_path: Path, shard: Any) -> None:
         weight_map: dict[str, Any] = self.write_shards(tmp_path, make_model())
         self.write_index(tmp_path, {**weight_map, GATE: shard})
-        with pytest.raises(CheckpointError):
+        with pytest.raises(FormatError, match="is no file name"):
             open_checkpoint(tmp_path)
 
     @pytest.mark.parametrize("weight_map", [None, {}, [1]])

@@ -94,7 +94,8 @@ class TestLocal:
         (tmp_path / "org" / "plain").mkdir(parents=True)
         assert resolve_model("org/plain").path == tmp_path / "org" / "plain"
         assert not hub.downloads
-        assert resolve_model("hf:org/plain").path != tmp_path / "org" / "plain"
+        (tmp_path / "hf:org" / "plain").mkdir(parents=True)
+        assert resolve_model("hf:org/plain").path.name == hub.commit("org/plain")
 
     def test_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))

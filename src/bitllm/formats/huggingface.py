@@ -117,7 +117,7 @@ def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
     files: dict[str, SafetensorsFile] = {}
     for name, shard in weight_map.items():
         # A shard lies beside its index; a path leading elsewhere is not followed.
-        if not isinstance(shard, str) or not shard or PurePosixPath(shard).name != shard:
+        if not isinstance(shard, str) or shard in ("", "..") or PurePosixPath(shard).name != shard:
             raise FormatError(
                 f"{index}: {name!r} is said to be in {shard!r:.100}, which is no file name"
             )
