@@ -18,8 +18,8 @@
 using namespace bitllm;
 using namespace bitllm::testing;
 
-// Allocations of all threads, counted while somebody counts: every operator new, and every malloc
-// where the C library lets a program put its own in front (a sanitizer has put its own there).
+// Allocations of all threads, counted while somebody counts: by the hook of a sanitizer's
+// allocator, else by functions in front of those of glibc, else by operator new.
 namespace {
 std::atomic<bool> counting{false};
 std::atomic<size_t> allocations{0};
@@ -30,10 +30,8 @@ void count_allocation() {
 }  // namespace
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define BITLLM_SANITIZED 1
-#endif
-
-#if defined(__GLIBC__) && !defined(BITLLM_SANITIZED)
+extern "C" void __sanitizer_malloc_hook(const volatile void*, size_t) { count_allocation(); }
+#elif defined(__GLIBC__)
 extern "C" {
 void* __libc_malloc(size_t);
 void* __libc_calloc(size_t, size_t);
@@ -58,13 +56,17 @@ void* aligned_alloc(size_t alignment, size_t bytes) {
 }
 }
 #else
-void* operator new(size_t bytes) {
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
     count_allocation();
-    if (void* memory = std::malloc(bytes ? bytes : 1)) return memory;
+    return std::malloc(bytes ? bytes : 1);
+}
+void* operator new(size_t bytes) {
+    if (void* memory = operator new(bytes, std::nothrow)) return memory;
     throw std::bad_alloc();
 }
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
 #endif
 
 namespace {

@@ -13,7 +13,7 @@
     ├── TokenizerError            text to ids, ids to text
     │   └── ChatTemplateError     no chat template, or one that fails
     ├── TrainingError             a training run that cannot go on
-    ├── BackendUnavailableError   a device that is not on this machine, or its library is not installed
+    ├── BackendUnavailableError   a device that is not on this machine, or lacks its library
     ├── ContextOverflowError      more tokens than the context window or the KV cache holds
     └── InsufficientMemoryError   the memory plan does not fit
 
