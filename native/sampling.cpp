@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 namespace bitllm {
@@ -25,6 +26,16 @@ float highest_of(const float* values, size_t n) {
             lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
     for (size_t i = whole; i < n; ++i) lanes[0] = values[i] > lanes[0] ? values[i] : lanes[0];
     return *std::max_element(lanes, lanes + LANES);
+}
+
+// Sum of all values, in some order.
+double sum_in_lanes(const float* values, size_t n) {
+    double lanes[8] = {};
+    const size_t whole = n - n % 8;
+    for (size_t i = 0; i < whole; i += 8)
+        for (size_t lane = 0; lane < 8; ++lane) lanes[lane] += values[i + lane];
+    for (size_t i = whole; i < n; ++i) lanes[0] += values[i];
+    return std::accumulate(lanes, lanes + 8, 0.0);
 }
 
 // Lowest id of the highest logit, -1 if no logit is above -infinity.
@@ -71,14 +82,19 @@ uint32_t descending_key(float logit) {
 }  // namespace
 
 // The Gumbel argmax over ids, which skips the exact noise of every id whose bound shows that it
-// cannot win.
+// cannot win. Bounds are computed with an error in proportion to l / T. `slack` covers it up to a
+// few times the highest l / T in size; what lies further below than that loses by far more than its
+// error.
 struct Sampler::Draw {
     const float* logits;
     double temperature;
     UniformStream uniforms;
     double inverse;  // about 1 / temperature: for bounds only
-    double slack;    // more than the error of a bound
-    double best = -std::numeric_limits<double>::infinity();
+    double slack;
+    float inverse_f32;
+    float slack_f32;
+    float needed_f32 = LOWEST;  // what l / T and a bound of the noise have to reach
+    double best = LOWEST;
     int32_t best_id = -1;
 
     Draw(const SamplePlan& plan, size_t entry, const float* row, float highest)
@@ -86,12 +102,15 @@ struct Sampler::Draw {
           temperature(plan.temperature[entry]),
           uniforms{plan.seed[entry], static_cast<uint32_t>(plan.choice[entry]),
                    static_cast<uint32_t>(plan.position[entry])},
-          inverse(1.0 / temperature),
-          slack(1e-12 * (std::fabs(highest * inverse) + 64.0)) {}
+          inverse(1.0 / temperature) {
+        const double size = std::fabs(highest * inverse) + 64.0;
+        slack = 1e-12 * size;
+        // Where float32 cannot hold l / T, it decides nothing: every id passes it.
+        const bool fits = size < 1e30 && inverse < 1e30;
+        inverse_f32 = fits ? static_cast<float>(inverse) : 0.0f;
+        slack_f32 = fits ? static_cast<float>(1e-6 * size) : std::numeric_limits<float>::infinity();
+    }
 
-    // Whether an id with this logit may win with a noise of at most `noise`. A lower logit has a
-    // larger error, in proportion to itself, but then its distance to the highest has grown by far
-    // more.
     bool may_win(float logit, double noise) const {
         return logit * inverse + noise + slack >= best;
     }
@@ -102,6 +121,7 @@ struct Sampler::Draw {
         if (value > best || (value == best && id < best_id)) {
             best = value;
             best_id = id;
+            needed_f32 = static_cast<float>(best) - slack_f32;
         }
     }
 
@@ -135,15 +155,23 @@ int32_t Sampler::draw(const SamplePlan& plan, size_t entry, const float* logits)
     const auto top_k = static_cast<size_t>(plan.top_k[entry]);
     const float top_p = plan.top_p[entry], min_p = plan.min_p[entry];
     const bool limited = top_k > 0 && top_k < vocab_;
-    if (limited || top_p < 1.0f) {
-        size_t count = limited ? select_top(row, vocab_, top_k, kept_) : sort_all(row);
-        if (top_p < 1.0f || min_p > 0.0f) count = cut(row, count, temperature, top_p, min_p);
-        draw_of_kept(draw, count);
-    } else if (min_p > 0.0f) {
-        draw_of_kept(draw, keep_likely(row, row[likeliest], temperature, min_p));
-    } else {
+    if (!limited && top_p == 1.0f && min_p == 0.0f) {
         draw_of_all(draw);
+        return draw.best_id;
     }
+    size_t count = vocab_;
+    if (limited) {
+        count = select_top(row, vocab_, top_k, kept_);
+        weigh_kept(row, count, temperature);
+        if (top_p < 1.0f) count = prefix_of(top_p * sum_in_order(count), count);
+    } else if (top_p < 1.0f) {
+        count = keep_nucleus(row, row[likeliest], temperature, top_p);
+    } else {
+        weigh_all(row, row[likeliest], temperature);
+        std::iota(kept_, kept_ + vocab_, 0);
+    }
+    if (min_p > 0.0f) count = drop_unlikely(count, min_p);
+    draw_of_kept(draw, count);
     return draw.best_id;
 }
 
@@ -176,14 +204,15 @@ const float* Sampler::adjust(const SamplePlan& plan, size_t entry, const float* 
     return adjusted_;
 }
 
-// All ids above -infinity in order into kept_: a stable radix sort of (key of the logit, id).
-size_t Sampler::sort_all(const float* logits) {
+// The ids with a logit of at least `lowest`, in order, into kept_: a stable radix sort of (key of
+// the logit, id).
+size_t Sampler::sort_above(const float* logits, float lowest) {
     uint32_t histogram[RADIX_PASSES][RADIX_BUCKETS] = {};
     uint64_t* from = keys_;
     uint64_t* to = keys_ + vocab_;
     size_t count = 0;
     for (size_t id = 0; id < vocab_; ++id) {
-        if (!(logits[id] > LOWEST)) continue;
+        if (!(logits[id] >= lowest && logits[id] > LOWEST)) continue;
         const uint32_t key = descending_key(logits[id]);
         for (size_t pass = 0; pass < RADIX_PASSES; ++pass)
             ++histogram[pass][(key >> (pass * RADIX_BITS)) % RADIX_BUCKETS];
@@ -200,45 +229,86 @@ size_t Sampler::sort_all(const float* logits) {
     return count;
 }
 
-// Top-p, then min-p, over the ordered kept_[0 .. count); returns how many are left.
-size_t Sampler::cut(const float* logits, size_t count, float temperature, float top_p,
-                    float min_p) {
+// probabilities_[i] = exp(l / T - highest) of kept_[i], which are in order.
+void Sampler::weigh_kept(const float* logits, size_t count, float temperature) {
     for (size_t i = 0; i < count; ++i) probabilities_[i] = logits[kept_[i]] / temperature;
     kernels_.exp_shifted(probabilities_, count, probabilities_[0]);
-    if (top_p < 1.0f) {
-        double total = 0.0, cumulative = 0.0;
-        for (size_t i = 0; i < count; ++i) total += probabilities_[i];
-        const double wanted = static_cast<double>(top_p) * total;
-        size_t prefix = 0;
-        while (prefix < count && cumulative < wanted) cumulative += probabilities_[prefix++];
-        count = std::max<size_t>(prefix, 1);
+}
+
+// The same for all ids.
+void Sampler::weigh_all(const float* logits, float highest, float temperature) {
+    for (size_t id = 0; id < vocab_; ++id) probabilities_[id] = logits[id] / temperature;
+    kernels_.exp_shifted(probabilities_, vocab_, highest / temperature);
+}
+
+double Sampler::sum_in_order(size_t count) const {
+    double total = 0.0;
+    for (size_t i = 0; i < count; ++i) total += probabilities_[i];
+    return total;
+}
+
+// Length of the smallest prefix of probabilities_ with a sum of at least `wanted`, at least 1.
+size_t Sampler::prefix_of(double wanted, size_t count) const {
+    double cumulative = 0.0;
+    size_t prefix = 0;
+    while (prefix < count && cumulative < wanted) cumulative += probabilities_[prefix++];
+    return std::max<size_t>(prefix, 1);
+}
+
+// Top-p over the whole vocabulary. Ids that together are less likely than what top_p leaves out
+// need not be sorted. The total then is a sum in another order, and differs in its last bits; where
+// that could matter to the cut, all ids are sorted after all.
+size_t Sampler::keep_nucleus(const float* logits, float highest, float temperature, float top_p) {
+    constexpr double UNSURE = 1e-9;  // far more than the sum of any vocabulary can be off
+    weigh_all(logits, highest, temperature);
+    const double total = sum_in_lanes(probabilities_, vocab_);
+    const double wanted = top_p * total;
+    const double rare = (total - wanted) / static_cast<double>(vocab_);
+    const auto lowest = static_cast<float>(highest + std::log(rare) * temperature);
+    double mass = 0.0;
+    for (size_t id = 0; id < vocab_; ++id) mass += logits[id] >= lowest ? probabilities_[id] : 0.0f;
+    if (mass > wanted * (1.0 + UNSURE)) {
+        const size_t count = sort_above(logits, lowest);
+        weigh_kept(logits, count, temperature);
+        const size_t prefix = prefix_of(wanted * (1.0 - UNSURE), count);
+        if (prefix == prefix_of(wanted * (1.0 + UNSURE), count)) return prefix;
     }
-    if (min_p == 0.0f) return count;
+    const size_t count = sort_above(logits, LOWEST);
+    weigh_kept(logits, count, temperature);
+    return prefix_of(top_p * sum_in_order(count), count);
+}
+
+// min-p: of kept_[0 .. count), those with at least this share of the likeliest's probability.
+size_t Sampler::drop_unlikely(size_t count, float min_p) {
     size_t left = 0;
     for (size_t i = 0; i < count; ++i)
         if (probabilities_[i] >= min_p) kept_[left++] = kept_[i];
     return left;
 }
 
-// min-p alone needs no order.
-size_t Sampler::keep_likely(const float* logits, float highest, float temperature, float min_p) {
-    for (size_t id = 0; id < vocab_; ++id) probabilities_[id] = logits[id] / temperature;
-    kernels_.exp_shifted(probabilities_, vocab_, highest / temperature);
-    size_t left = 0;
-    for (size_t id = 0; id < vocab_; ++id)
-        if (probabilities_[id] >= min_p) kept_[left++] = static_cast<int32_t>(id);
-    return left;
-}
-
+// Some ids at a time: their words, and which of them may win, are computed together in vector
+// registers.
 void Sampler::draw_of_all(Draw& draw) const {
+    constexpr size_t IDS = UniformStream::MANY;
     const double largest_noise = gumbel_bound(0xFFFFFFFFu);
-    for (size_t first = 0; first < vocab_; first += 4) {
-        const size_t count = std::min<size_t>(4, vocab_ - first);
+    uint32_t words[IDS];
+    uint8_t may_win[IDS];
+    for (size_t first = 0; first < vocab_; first += IDS) {
         const float* logits = draw.logits + first;
-        if (!draw.may_win(*std::max_element(logits, logits + count), largest_noise)) continue;
-        const Philox words = draw.uniforms.words(static_cast<uint32_t>(first / 4));
+        const size_t count = std::min(IDS, vocab_ - first);
+        if (!draw.may_win(highest_of(logits, count), largest_noise)) continue;
+        draw.uniforms.many_words(static_cast<uint32_t>(first / 4), words);
         for (size_t i = 0; i < count; ++i)
-            draw.offer(static_cast<int32_t>(first + i), words.word[i]);
+            may_win[i] = logits[i] * draw.inverse_f32 + gumbel_bound(words[i]) >= draw.needed_f32;
+        std::fill(may_win + count, may_win + IDS, uint8_t{0});
+        for (size_t i = 0; i < IDS; i += 8) {
+            uint64_t eight;
+            std::memcpy(&eight, may_win + i, sizeof eight);
+            for (; eight != 0; eight &= eight - 1) {
+                const size_t id = i + static_cast<size_t>(std::countr_zero(eight)) / 8;
+                draw.offer(static_cast<int32_t>(first + id), words[id]);
+            }
+        }
     }
 }
 

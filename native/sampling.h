@@ -71,16 +71,20 @@ class Sampler {
     struct Draw;
 
     const float* adjust(const SamplePlan& plan, size_t entry, const float* logits);
-    size_t sort_all(const float* logits);
-    size_t cut(const float* logits, size_t count, float temperature, float top_p, float min_p);
-    size_t keep_likely(const float* logits, float highest, float temperature, float min_p);
+    size_t sort_above(const float* logits, float lowest);
+    void weigh_kept(const float* logits, size_t count, float temperature);
+    void weigh_all(const float* logits, float highest, float temperature);
+    double sum_in_order(size_t count) const;
+    size_t prefix_of(double wanted, size_t count) const;
+    size_t keep_nucleus(const float* logits, float highest, float temperature, float top_p);
+    size_t drop_unlikely(size_t count, float min_p);
     void draw_of_all(Draw& draw) const;
     void draw_of_kept(Draw& draw, size_t count) const;
 
     const Kernels& kernels_;
     const size_t vocab_;
     float* adjusted_;       // [vocab] logits after bias, penalties and mask
-    float* probabilities_;  // [vocab]
+    float* probabilities_;  // [vocab] of the ids in kept_, or of all; not normalised
     int32_t* kept_;         // [vocab] ids that the cuts keep, most likely first
     uint64_t* keys_;        // [2 * vocab] of the radix sort
 };

@@ -157,7 +157,39 @@ TEST(the_bound_of_the_noise_is_never_below_it) {
         }
     }
     CHECK(gumbel_of_word(0xFFFFFFFFu) <= gumbel_bound(0xFFFFFFFFu));
-    CHECK(gumbel_bound(0xFFFFFFFFu) < 22.88);
+    CHECK(gumbel_bound(0xFFFFFFFFu) < 22.88f);
+    Random random(3);
+    for (int i = 0; i < 20000; ++i) {
+        const auto word =
+            static_cast<uint32_t>(random.integer(0, 1 << 30)) * 4u + static_cast<uint32_t>(i % 4);
+        const double noise = gumbel_of_word(word);
+        CHECK_WITH(noise <= gumbel_bound(word), word);
+        if (noise > 3.0) CHECK_WITH(gumbel_bound(word) < noise + 0.1, word);
+    }
+}
+
+TEST(the_cut_is_exact_where_sums_are_close_to_it) {
+    // Equal probabilities whose prefixes reach the wanted sum to the last bit.
+    const size_t vocab = 1024;
+    Arena arena(Sampler::scratch_bytes(vocab));
+    Sampler sampler(best_kernels(), vocab, arena);
+    const std::vector<float> logits(vocab, 1.5f);
+    for (const float top_p : {0.25f, 0.5f, 0.75f}) {
+        for (int draw = 0; draw < 200; ++draw) {
+            Plan plan{.top_p = top_p, .position = draw, .mask = {}};
+            const int32_t id = sampler.draw(plan.view(), 0, logits.data());
+            CHECK_WITH(id == drawn_by_looking_at_all(plan, logits), top_p << " " << draw);
+            CHECK_WITH(id < static_cast<int32_t>(top_p * vocab), top_p << " " << draw);
+        }
+    }
+}
+
+TEST(many_words_are_the_single_ones) {
+    const UniformStream uniforms{0x123456789ABCDEF0u, 3, 99};
+    uint32_t many[UniformStream::MANY];
+    uniforms.many_words(1000, many);
+    for (uint32_t i = 0; i < UniformStream::MANY; ++i)
+        CHECK_WITH(many[i] == uniforms.words(1000 + i / 4).word[i % 4], i);
 }
 
 TEST(scores_list_the_likeliest_ids_in_order) {
