@@ -30,7 +30,11 @@ void count_allocation() {
 }  // namespace
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-extern "C" void __sanitizer_malloc_hook(const volatile void*, size_t) { count_allocation(); }
+// The sanitizer's library looks for it, so the executable has to show it.
+extern "C" __attribute__((visibility("default"))) void __sanitizer_malloc_hook(const volatile void*,
+                                                                               size_t) {
+    count_allocation();
+}
 #elif defined(__GLIBC__)
 extern "C" {
 void* __libc_malloc(size_t);
