@@ -77,6 +77,8 @@ def test_dialogues_are_trained_as_the_chat_template_writes_them(tokenizer_path, 
     (tokenizer_path.parent / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(64)))
     tokenizer = load_tokenizer(tokenizer_path.parent)
     messages = [{"role": turn.role, "content": turn.text} for turn in DIALOGUE.turns]
+    written = "<|begin_of_text|><|user|>Hello fox<|end_of_turn|><|assistant|>"
+    assert tokenizer.apply_chat_template(messages[:1]) == written
     prompt = tokenizer.encode_chat(messages[:1])
     trained = encoder.encode(DIALOGUE)
     assert trained[: len(prompt)] == prompt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -27,9 +28,10 @@ def test_names_are_unique_and_nothing_is_empty(documents):
 
 def test_it_holds_the_prose_it_is_meant_to(documents):
     texts = {d.name: d.turns[0].text for d in documents}
-    assert json.__doc__.strip()[:60] in texts["json/__init__.py"]
-    assert "json.loads(s, *, cls=None" in texts["json/__init__.py"]
-    assert texts["topic:assert"].startswith('The "assert" statement')
+    assert json.__doc__.strip()[:60] in texts["json/__init__.py:0"]
+    page = "\n\n".join(text for name, text in texts.items() if name.startswith("json/__init__.py:"))
+    assert "\n\njson.loads(s, *, cls=None" in page
+    assert texts["topic:assert:0"].startswith('The "assert" statement')
     assert sum(d.byte_count for d in documents) > 2_000_000
 
 
@@ -46,6 +48,14 @@ def test_dialogues_ask_and_answer_about_public_names(documents):
     answers = {d.name: d.turns[1].text for d in dialogues}
     assert answers["textwrap.py#textwrap.dedent"].startswith("Remove any common leading")
     assert not any("._" in d.turns[0].text for d in dialogues if "#" in d.name)
+
+
+def test_pages_are_cut_between_paragraphs_and_nothing_is_lost(documents):
+    passages = [d.turns[0].text for d in documents if d.group == "topic:strings"]
+    assert len(passages) > 5
+    assert all(len(passage) >= 800 for passage in passages[:-1])
+    whole = topics["strings"].strip().split("\n\n")
+    assert [p for passage in passages for p in passage.split("\n\n")] == whole
 
 
 def test_long_answers_are_cut_behind_a_paragraph(documents):

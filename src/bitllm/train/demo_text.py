@@ -2,9 +2,8 @@
 
 Two sources, both under the licence of Python itself (PSF): the docstrings of the standard library,
 read from its files with `ast` (nothing is imported or run), and the prose of
-`pydoc_data.topics`. Each module and each topic becomes one document that reads like a page
-of documentation; each public name also becomes a short dialogue, so that the model can answer
-a chat. The text depends on the Python release, so a recipe pins it by its hash.
+`pydoc_data.topics`. Each module and each topic becomes a page of documentation, cut into
+passages; each public name also becomes a short dialogue, so that the model can answer a chat. The text depends on the Python release, so a recipe pins it by its hash.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ _SKIPPED_FOLDERS = frozenset(
 )
 _SKIPPED_PREFIXES = ("_sysconfigdata", "__phello__", "_distutils_system_mod", "_aix", "_osx")
 _ANSWER_CHARACTERS = 500
+_PASSAGE_CHARACTERS = 800
 _QUESTIONS = (
     "What does {name} do?",
     "What is {name}?",
@@ -95,7 +95,7 @@ def _module_documents() -> Iterator[Document]:
         if not entries:
             continue
         text = "\n\n\n".join(f"{entry.heading}\n\n{entry.doc}" for entry in entries)
-        yield Document(name=relative, group=parts[0], turns=(Turn(None, text),))
+        yield from _passages(relative, parts[0], text)
         for entry in entries:
             if entry.public:
                 yield _dialogue(relative, parts[0], entry.name, entry.doc)
@@ -132,6 +132,18 @@ def _is_private(name: str) -> bool:
     return any(part.startswith("_") for part in name.split("."))
 
 
+def _passages(name: str, group: str, text: str) -> Iterator[Document]:
+    """Cut a page between paragraphs, so that documents begin in the middle of prose too."""
+    passage, index = "", 0
+    for paragraph in text.split("\n\n"):
+        passage = f"{passage}\n\n{paragraph}" if passage else paragraph.lstrip("\n")
+        if len(passage) >= _PASSAGE_CHARACTERS:
+            yield Document(f"{name}:{index}", group, (Turn(None, passage),))
+            passage, index = "", index + 1
+    if passage:
+        yield Document(f"{name}:{index}", group, (Turn(None, passage),))
+
+
 def _dialogue(source: str, group: str, name: str, doc: str) -> Document:
     # A hash that does not change between runs, so that each name keeps its question.
     question = _QUESTIONS[zlib.crc32(name.encode()) % len(_QUESTIONS)].format(name=name)
@@ -154,8 +166,7 @@ def _topic_documents() -> Iterator[Document]:
     from pydoc_data.topics import topics  # 0.5 MB of text, wanted only here
 
     for name in sorted(topics):
-        text = topics[name].strip()
-        yield Document(name=f"topic:{name}", group=f"topic:{name}", turns=(Turn(None, text),))
+        yield from _passages(f"topic:{name}", f"topic:{name}", topics[name].strip())
 
 
 def _greetings() -> Iterator[Document]:
