@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
+import os
+import signal
 import threading
 from typing import Any
 
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from bitllm.engine.engine import Engine
 from bitllm.engine.outputs import Completion
 from bitllm.engine.request import Request
-from bitllm.errors import ConfigError, ContextOverflowError
+from bitllm.errors import CheckpointError, ConfigError, ContextOverflowError
 from fake_decoder import FakeDecoder
 
 END = 257
@@ -378,3 +381,59 @@ def test_usage_counts_and_times() -> None:
     assert usage.tokens_per_second == 4 / usage.decode_seconds
     (single,) = complete(engine, [request(max_tokens=1)])
     assert single.usage.tokens_per_second == 0
+
+
+class Speechless(FakeDecoder):
+    """Finds no token for every sequence whose prompt is b"bad", as NaN logits do."""
+
+    def forward(self, batch: Any) -> Any:
+        output = super().forward(batch)
+        first = [chr(batch.token_ids[row]) for row in batch.run_offsets[:-1]]
+        bad = [letter == "b" for letter in first]
+        sampled = np.where(bad, -1, output.sampled).astype(np.int32)
+        return dataclasses.replace(output, sampled=sampled)
+
+
+def test_a_sequence_without_a_token_to_draw_fails_alone() -> None:
+    (wanted,) = complete(make_engine()[0], [request(max_tokens=20)])
+    engine, _ = make_engine(Speechless())
+    good = engine.add(request(max_tokens=20))
+    damaged = engine.add(request("bad"))
+    banned = engine.add(
+        request("bad", banned_ids=frozenset(range(258)), min_tokens=2, top_logprobs=1)
+    )
+    engine.finish(good)
+    assert same(good.completion(), wanted)
+    for wait in (engine.finish, engine.next_chunk):
+        with pytest.raises(CheckpointError, match="no number for any token after 3 tokens"):
+            wait(damaged)
+        with pytest.raises(ConfigError, match="min_tokens=2 forbids the 258 ids"):
+            wait(banned)
+    for sequence in (good, damaged, banned):
+        engine.abort(sequence)
+    assert engine.free_blocks == 8
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_during_a_step_leaves_the_child_an_engine_that_works() -> None:
+    engine, decoder = make_engine()
+    (wanted,) = complete(engine, [request()])
+    stepping, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        stepping.set()
+        go_on.wait(0.2)  # time for the other thread to try to fork
+
+    decoder.on_step = wait
+    busy = threading.Thread(target=complete, args=(engine, [request("other", max_tokens=2)]))
+    busy.start()
+    stepping.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        decoder.on_step = lambda: None
+        os._exit(0 if same(complete(engine, [request()])[0], wanted) else 1)
+    go_on.set()
+    assert os.waitpid(child, 0)[1] == 0
+    busy.join()
+    assert same(complete(engine, [request()])[0], wanted)

@@ -20,6 +20,11 @@ __all__ = ["EngineOptions", "KvDtype", "SamplingParams", "parse_size"]
 
 KvDtype = Literal["bf16", "fp32"]
 
+_MOST_THREADS = 1024
+# Numbers reach the decoder as float32: these are its largest and its smallest normal number.
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+_SMALLEST_FLOAT32 = 2.0**-126
+
 _Options = TypeVar("_Options", bound="SamplingParams | EngineOptions")
 
 
@@ -80,7 +85,14 @@ class SamplingParams:
                 f"temperature must be 0 or at least 0.001, got {self.temperature}",
                 hint="temperature=0 always takes the likeliest token",
             )
-        _integer(self, "top_k", low=0, optional=True, hint="top_k=0 switches the cut off")
+        _integer(
+            self,
+            "top_k",
+            low=0,
+            high=2**31 - 1,
+            optional=True,
+            hint="top_k=0 switches the cut off",
+        )
         _number(self, "top_p", low=0.0, high=1.0, above=True, optional=True)
         _number(self, "min_p", low=0.0, high=1.0, optional=True)
         _integer(self, "seed", low=0, high=2**64 - 1, optional=True)
@@ -170,7 +182,8 @@ class EngineOptions:
             raise ConfigError(f"isa must be a name such as 'avx2' or None, got {self.isa!r}")
         if self.kv_dtype not in ("bf16", "fp32"):
             raise ConfigError(f"kv_dtype must be 'bf16' or 'fp32', got {self.kv_dtype!r}")
-        for name in ("threads", "context", "kv_tokens", "memory_limit"):
+        _integer(self, "threads", low=1, high=_MOST_THREADS, optional=True)
+        for name in ("context", "kv_tokens", "memory_limit"):
             _integer(self, name, low=1, optional=True)
         _integer(self, "max_batch_tokens", low=1)
 
@@ -268,9 +281,14 @@ def _as_number(
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigError(f"{name} must be a number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
-        raise ConfigError(f"{name} must be finite, got {value}")
+        raise ConfigError(f"{name} must be finite, got {value!r:.40}")
+    if number and not _SMALLEST_FLOAT32 <= abs(number) <= _LARGEST_FLOAT32:
+        raise ConfigError(f"{name} is {number:g}, which is out of the range of float32")
     if number < low or number > high or (above and number == low):
         bound = "above" if above else "at least"
         upper = f" and at most {high:g}" if high < math.inf else ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 
@@ -52,6 +54,7 @@ class Engine:
         self._stepping = False
         self._closed = False
         self._aborted: deque[Sequence] = deque()
+        _engines.add(self)
 
     @property
     def free_blocks(self) -> int:
@@ -85,18 +88,31 @@ class Engine:
         return sequence
 
     def finish(self, sequence: Sequence) -> None:
-        """Make steps until the sequence has ended."""
+        """Make steps until the sequence has ended.
+
+        Raises:
+            ConfigError: the engine is closed, or the request allows no token at all.
+            CheckpointError: the model computes no numbers.
+        """
         while not sequence.finished:
             with self._lock:
                 self._check_open()
                 if not sequence.finished:
                     self._step()
+        if sequence.failure is not None:
+            raise sequence.failure
 
     def next_chunk(self, sequence: Sequence) -> Chunk | None:
-        """Make steps until the sequence has a chunk, and return it; None after the last."""
+        """Make steps until the sequence has a chunk, and return it; None after the last.
+
+        Raises:
+            ConfigError, CheckpointError: as in `finish`.
+        """
         while True:
             with self._lock:
                 self._check_open()
+                if sequence.failure is not None:
+                    raise sequence.failure
                 chunk = sequence.take_chunk()
                 if chunk is not None or sequence.finished:
                     return chunk
@@ -108,6 +124,14 @@ class Engine:
         with self._lock:
             if not self._stepping:
                 self._remove_aborted()
+
+    def hold(self) -> None:
+        """Wait for the step under way and let no other begin until `let_go`; before a fork."""
+        self._lock.acquire()
+
+    def let_go(self) -> None:
+        """Undo `hold`, in the same thread or in its copy in a child process."""
+        self._lock.release()
 
     def close(self) -> None:
         """Forget all sequences and close the decoder."""
@@ -154,6 +178,10 @@ class Engine:
             run.sequence.computed += run.length
         tokens = output.sampled.tolist()
         for index, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
+            if token < 0:
+                sequence.fail()
+                self._scheduler.remove(sequence)
+                continue
             logprob = None
             if sequence.request.top_logprobs >= 0:
                 logprob = _logprob(output, index, token, sequence.request.top_logprobs)
@@ -166,3 +194,24 @@ def _logprob(output: StepOutput, index: int, token: int, top: int) -> TokenLogpr
     ids = output.top_ids[index, :top].tolist()
     values = output.top_logprobs[index, :top].astype(np.float64).tolist()
     return TokenLogprob(token, float(output.logprobs[index]), tuple(zip(ids, values, strict=True)))
+
+
+# A child process has only the thread that forked: a lock that another one held, in Python or in the
+# decoder, would stay locked there for ever. So a fork waits until no step is under way.
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_held = threading.local()
+
+
+def _hold_all() -> None:
+    _held.engines = sorted(_engines, key=id)  # in one order, whoever forks
+    for engine in _held.engines:
+        engine.hold()
+
+
+def _let_go_all() -> None:
+    for engine in _held.__dict__.pop("engines", ()):
+        engine.let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold_all, after_in_parent=_let_go_all, after_in_child=_let_go_all)

@@ -9,6 +9,7 @@ from bitllm.backends.base import KV_BLOCK_SIZE
 from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, Usage
 from bitllm.engine.request import Request
 from bitllm.engine.text import Detokenizer, TextStream
+from bitllm.errors import BitllmError, CheckpointError, ConfigError
 
 __all__ = ["Sequence"]
 
@@ -26,6 +27,7 @@ class Sequence:
         computed: leading tokens whose keys and values are in the cache.
         block_ids: KV blocks held, in order of position.
         finish_reason: None while it runs.
+        failure: why no further token can be drawn, None if nothing went wrong.
     """
 
     def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
@@ -34,6 +36,7 @@ class Sequence:
         self.computed = 0
         self.block_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.failure: BitllmError | None = None
         self.seen = dict.fromkeys(request.prompt_ids, 0) if request.penalised else {}
         longest = len(request.prompt_ids) + request.max_tokens
         self._table = np.full(self.blocks_for(longest), -1, np.int32)
@@ -65,8 +68,8 @@ class Sequence:
 
     @property
     def finished(self) -> bool:
-        """Whether the last token is drawn."""
-        return self.finish_reason is not None
+        """Whether the last token is drawn, or none can be."""
+        return self.finish_reason is not None or self.failure is not None
 
     def add_block(self, block: int) -> None:
         """Take a KV block for the next positions."""
@@ -107,6 +110,20 @@ class Sequence:
         elif self.generated >= request.max_tokens:
             self._stream.finish()
             self.finish_reason = "length"
+
+    def fail(self) -> None:
+        """End without a result: the decoder found no token that may be drawn."""
+        if self.request.banned_ids and self.generated < self.request.min_tokens:
+            self.failure = ConfigError(
+                f"no token is left to draw: min_tokens={self.request.min_tokens} forbids the "
+                f"{len(self.request.banned_ids)} ids that would end the text",
+                hint="lower min_tokens, or give fewer stop_token_ids",
+            )
+        else:
+            self.failure = CheckpointError(
+                f"the model computes no number for any token after {len(self.token_ids)} tokens",
+                hint="its weights are damaged or overflow; download it again",
+            )
 
     def take_chunk(self) -> Chunk | None:
         """Return what is new since the last call; None without new text, or after the last."""
