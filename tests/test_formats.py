@@ -581,6 +581,12 @@ class TestConfig:
         quantization = {**MULTIPLY, "modules_to_not_convert": keep}
         make_model(quantization=quantization).open(tmp_path)
 
+    @pytest.mark.parametrize("pattern", ["(([a-z_.0-9])+)+X", "(a|b)*X", ".*.*.*.*X"])
+    def test_a_pattern_that_could_match_for_ever(self, tmp_path: Path, pattern: str) -> None:
+        quantization = {**MULTIPLY, "modules_to_not_convert": ["lm_head", pattern]}
+        with pytest.raises(UnsupportedModelError, match="intricate pattern"):
+            make_model(quantization=quantization).open(tmp_path)
+
     @pytest.mark.parametrize(
         "content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
     )
@@ -694,6 +700,7 @@ class TestGenerationConfig:
             {"temperature": "hot"},
             {"temperature": True},
             {"temperature": math.nan},
+            {"temperature": 10**400},
             {"top_k": 3.5},
             {"do_sample": 1},
             {"eos_token_id": "x"},

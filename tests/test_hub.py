@@ -131,6 +131,10 @@ class TestNames:
     def test_what_is_no_reference(self, ref: str) -> None:
         assert repr(ref) in refusal(ref)
 
+    @pytest.mark.parametrize("ref", ["~no such user/model", "x" * 5000, "a/" * 3000])
+    def test_what_is_no_path_either(self, ref: str) -> None:
+        assert repr(ref)[:200] in refusal(ref)
+
     def test_two_revisions(self) -> None:
         with pytest.raises(ConfigError, match="two revisions"):
             resolve_model("org/name@main", revision="v1")

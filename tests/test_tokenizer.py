@@ -398,6 +398,21 @@ class TestFiles:
         with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
             load_tokenizer(tmp_path)
 
+    def test_a_panic_of_the_library(self, tmp_path: Path) -> None:
+        fields = json.loads(byte_level_backend().to_str())
+        fields["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*charsmap"):
+            load_tokenizer(tmp_path)
+
+    def test_text_that_no_token_stands_for(self, tmp_path: Path) -> None:
+        fields = json.loads(byte_level_backend().to_str())
+        fields["model"] = {"type": "Unigram", "unk_id": None, "vocab": [["q", -1.0]]}
+        fields["added_tokens"] = []
+        (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+        with pytest.raises(TokenizerError, match="cannot encode 'a'"):
+            load_tokenizer(tmp_path)
+
     @pytest.mark.parametrize("content", ["{", "[1]", "\xff", "[" * 100_000])
     def test_broken_config(self, tmp_path: Path, content: str) -> None:
         save(tmp_path, byte_level_backend())

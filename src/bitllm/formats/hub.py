@@ -101,16 +101,29 @@ def resolve_model(
         return _demo_model()
     text = os.fspath(ref)
     forced = text.startswith("hf:")
-    local = Path(text).expanduser()
-    if not forced and text and local.exists():
+    local = None if forced else _existing(text)
+    if local is not None:
         _refuse_revision(revision, f"the local path {text!r}")
         return _local_model(local)
     match = _HUB_REFERENCE.fullmatch(text.removeprefix("hf:"))
     if match is None or (not forced and _looks_like_path(text)):
-        raise ModelNotFoundError(f"there is no model {text!r}", hint=_suggest(text))
+        raise ModelNotFoundError(f"there is no model {text!r:.200}", hint=_suggest(text))
     if revision is not None and match["revision"] is not None:
         raise ConfigError(f"two revisions: {text!r} and {revision!r}", hint="give one of them")
     return _hub_model(match["repo"], revision or match["revision"])
+
+
+def _existing(text: str) -> Path | None:
+    """The local file or directory that `text` names, or None."""
+    try:
+        path = Path(text).expanduser()
+        return path if text and path.exists() else None
+    except RuntimeError:  # ~user, and there is no such user
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise CheckpointError(f"{text}: {error.strerror}") from error
 
 
 def _refuse_revision(revision: str | None, what: str) -> None:
@@ -161,10 +174,10 @@ def _suggest(text: str) -> str:
 
 
 def _near_paths(text: str) -> list[str]:
-    path = Path(text).expanduser()
     try:
+        path = Path(text).expanduser()
         names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
+    except (OSError, RuntimeError, ValueError):
         return []
     return [
         str(path.parent / name) for name in difflib.get_close_matches(path.name, names, 2, 0.75)

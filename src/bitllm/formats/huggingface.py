@@ -42,6 +42,7 @@ __all__ = ["open_huggingface"]
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
+_MAX_REPETITIONS = 3  # in a regular expression of the configuration
 _FLOATS = ("F32", "BF16", "F16")
 _ZERO_WEIGHTS = np.uint8(0b01010101)
 
@@ -255,6 +256,13 @@ class _HuggingFaceSource:
         skipped = self._quantization.skipped
         if skipped is None:
             return
+        for pattern in skipped:
+            if _may_run_for_ever(pattern):
+                raise UnsupportedModelError(
+                    f"{self._directory}: modules_to_not_convert holds the intricate pattern "
+                    f"{pattern!r:.100}",
+                    hint="name the modules instead",
+                )
         for name in self._linears:
             module = self._module(name)
             if _is_skipped(module, skipped):
@@ -357,6 +365,12 @@ class _HuggingFaceSource:
             source_scales=stored if weights.scale == 1 else None,
             source_convention=self._quantization.convention,
         )
+
+
+def _may_run_for_ever(pattern: str) -> bool:
+    """Whether matching could take exponential time: many repetitions, or repeated groups."""
+    repetitions = re.findall(r"[*+?{]", pattern.replace("(?", "("))
+    return len(repetitions) > _MAX_REPETITIONS or re.search(r"\)[*+?{]", pattern) is not None
 
 
 def _is_skipped(module: str, skipped: tuple[str, ...]) -> bool:

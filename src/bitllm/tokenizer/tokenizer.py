@@ -91,7 +91,7 @@ class Tokenizer:
             before = [self.bos_id] if config.get("add_bos_token") else []
             after = [eos_id] if config.get("add_eos_token") else []
             return [id for id in before if id is not None], [id for id in after if id is not None]
-        bare = self._backend.encode(_PROBE, add_special_tokens=False).ids
+        bare = self._encode_bare(_PROBE)
         whole = self._backend.encode(_PROBE, add_special_tokens=True).ids
         for start in range(len(whole) - len(bare) + 1):
             if whole[start : start + len(bare)] == bare:
@@ -146,6 +146,11 @@ class Tokenizer:
             raise TokenizerError(
                 "the text holds half of a character (a lone surrogate), which no token stands for",
                 hint='it was decoded wrongly; text.encode("utf-8", "replace").decode() repairs it',
+            ) from error
+        except Exception as error:
+            raise TokenizerError(
+                f"{self._name}: its tokenizer cannot encode {text!r:.40}: {error}",
+                hint="tokenizer.json is damaged, or lacks a token for unknown text",
             ) from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -247,8 +252,10 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
         raise TokenizerError(f"{directory}: no tokenizer.json there", hint=_no_tokenizer(directory))
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    # The library raises bare exceptions.
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    # The library raises bare exceptions, and panics, which are no Exception.
+    except BaseException as error:
         raise TokenizerError(
             f"{file}: {str(error)[:300]}", hint="the file is damaged; download it again"
         ) from error
