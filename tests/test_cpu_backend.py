@@ -22,6 +22,7 @@ from bitllm.backends.cpu.backend import memory_plan
 from bitllm.checkpoint import Checkpoint, DenseTensor, TernaryMatrix
 from bitllm.errors import (
     ConfigError,
+    FormatError,
     InsufficientMemoryError,
     QuantizationError,
     UnsupportedModelError,
@@ -93,6 +94,27 @@ def test_a_damaged_matrix_is_named(checkpoint):
     source = MemorySource(checkpoint.source.dense_tensors, matrices)
     with pytest.raises(QuantizationError, match=r"layers\.1\.up.*no ternary code"):
         load(Checkpoint(checkpoint.spec, source, "damaged"))
+
+
+@pytest.mark.parametrize("name", ["final_norm", "layers.1.attn_norm"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_norm_that_is_no_number_is_refused(checkpoint, name, value):
+    tensors = dict(checkpoint.source.dense_tensors)
+    gain = tensors[name].to_float32().copy()
+    gain[2] = value
+    tensors[name] = DenseTensor(gain, "f32")
+    source = MemorySource(tensors, checkpoint.source.ternary_matrices)
+    with pytest.raises(FormatError, match=f"{name} holds NaN or infinity"):
+        load(Checkpoint(checkpoint.spec, source, "damaged"))
+
+
+def test_threads_that_the_system_refuses(checkpoint, monkeypatch):
+    def refuse(**_: object) -> None:
+        raise RuntimeError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(_native, "Decoder", refuse)
+    with pytest.raises(ConfigError, match="does not give 3 threads"):
+        load(checkpoint, threads=3)
 
 
 def test_more_columns_than_products_are_exact_for_are_refused():

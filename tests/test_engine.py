@@ -415,6 +415,7 @@ def test_a_sequence_without_a_token_to_draw_fails_alone() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_fork_during_a_step_leaves_the_child_an_engine_that_works() -> None:
     engine, decoder = make_engine()
     (wanted,) = complete(engine, [request()])

@@ -11,6 +11,7 @@ from bitllm.backends.cpu.decoder import CpuDecoder
 from bitllm.checkpoint import LINEAR_NAMES, Checkpoint, DenseTensor, LayerSpec, ModelSpec
 from bitllm.errors import (
     ConfigError,
+    FormatError,
     InsufficientMemoryError,
     QuantizationError,
     TensorShapeError,
@@ -34,7 +35,8 @@ class CpuBackend:
         Raises:
             CheckpointError: a tensor is missing or broken, or the model has a feature that the
                 native decoder does not run (group scales, activations that are not quantised).
-            ConfigError: `options.isa` names a kernel set that this machine does not run.
+            ConfigError: `options.isa` names a kernel set that this machine does not run, or the
+                system refuses so many threads.
             InsufficientMemoryError: weights and KV cache do not fit into the free memory.
         """
         spec = checkpoint.spec
@@ -44,17 +46,7 @@ class CpuBackend:
         _refuse_unsupported(checkpoint)
         _refuse_too_large(checkpoint, kv_blocks, options)
         try:
-            native = _native.Decoder(
-                isa=isa,
-                vocab=spec.vocab_size,
-                hidden=spec.hidden_size,
-                norm_eps=spec.norm_eps,
-                embedding_scale=spec.embedding_scale,
-                kv_blocks=kv_blocks,
-                kv_dtype="f32" if options.kv_dtype == "fp32" else "bf16",
-                threads=threads,
-                max_batch_tokens=options.max_batch_tokens,
-            )
+            native = _empty_decoder(spec, options, isa, threads, kv_blocks)
             dense_bytes = _load_tensors(native, checkpoint)
             native.prepare()
         except MemoryError as error:
@@ -63,6 +55,27 @@ class CpuBackend:
                 hint="ask for a shorter context (kv_tokens) or a smaller max_batch_tokens",
             ) from error
         return CpuDecoder(native, spec, options, isa, threads, dense_bytes)
+
+
+def _empty_decoder(
+    spec: ModelSpec, options: LoadOptions, isa: str, threads: int, kv_blocks: int
+) -> _native.Decoder:
+    try:
+        return _native.Decoder(
+            isa=isa,
+            vocab=spec.vocab_size,
+            hidden=spec.hidden_size,
+            norm_eps=spec.norm_eps,
+            embedding_scale=spec.embedding_scale,
+            kv_blocks=kv_blocks,
+            kv_dtype="f32" if options.kv_dtype == "fp32" else "bf16",
+            threads=threads,
+            max_batch_tokens=options.max_batch_tokens,
+        )
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the system does not give {threads} threads: {error}", hint="ask for fewer threads"
+        ) from error
 
 
 def memory_plan(spec: ModelSpec, kv_blocks: int, kv_dtype: str) -> tuple[int, int]:
@@ -194,7 +207,14 @@ def _bytes(tensor: DenseTensor) -> npt.NDArray[np.uint8]:
 
 
 def _vector(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
-    return np.ascontiguousarray(_dense(checkpoint, name).to_float32())
+    values = np.ascontiguousarray(_dense(checkpoint, name).to_float32())
+    if not np.isfinite(values).all():
+        # Rounding to int8 would make numbers of it again, and the text only nonsense.
+        raise FormatError(
+            f"{checkpoint.origin}: {name} holds NaN or infinity",
+            hint="the file is damaged; download it again",
+        )
+    return values
 
 
 def _dense(checkpoint: Checkpoint, name: str) -> DenseTensor:
