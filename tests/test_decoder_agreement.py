@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from batches import Draw, Run, logits_of, make_batch, make_plan, prompt_ids
@@ -17,7 +17,7 @@ from bitllm import _native
 from bitllm.backends import get_backend
 from bitllm.backends.base import Decoder, LoadOptions, OutputKind
 from bitllm.checkpoint import Checkpoint
-from bitllm.errors import UnsupportedModelError
+from bitllm.errors import QuantizationError, UnsupportedModelError
 from synthetic import SWITCHES, random_checkpoint, tiny_spec
 
 ISAS = _native.kernel_names()
@@ -136,7 +136,10 @@ MAGNITUDES = st.sampled_from([1e-20, 1e-6, 1.0, 1e4])
 def test_every_combination_at_every_magnitude(switches, magnitude, cuts, isa):
     checkpoint = random_checkpoint(tiny_spec(**switches), granularity="row", magnitude=magnitude)
     ids = prompt_ids(40, 101)
-    expected = logits_of(load("reference", checkpoint), ids)
+    try:
+        expected = logits_of(load("reference", checkpoint), ids)
+    except QuantizationError:
+        reject()  # without any norm, large weights leave the range of float32
     native = load("cpu", checkpoint, isa=isa, threads=2)
     assert_same_bits(logits_of(native, ids, sorted(cuts)), expected)
 
