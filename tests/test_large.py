@@ -1,0 +1,88 @@
+"""Evidence at real size, by `make verify-large`: a random model of the exact 2B-4T shape."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from make_checkpoint import SHAPES, write_checkpoint
+
+from batches import logits_of, prompt_ids
+from bitllm import _native
+from bitllm.backends import get_backend
+from bitllm.backends.base import LoadOptions
+from bitllm.formats import open_checkpoint
+from layer_by_layer import layer_errors, layers_in_transformers
+
+pytestmark = pytest.mark.large
+
+MODEL = Path(os.environ.get("BITLLM_LARGE_MODEL", "build/models/2b"))
+
+
+@pytest.fixture(scope="module")
+def directory() -> Path:
+    if not (MODEL / "model.safetensors").exists():
+        write_checkpoint(MODEL, SHAPES["2b"])
+    return MODEL
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    return prompt_ids(40, SHAPES["2b"].vocab, seed=7)
+
+
+def native_logits(
+    directory: Path, prompt: list[int], cuts: tuple[int, ...] = (), **options: object
+) -> np.ndarray:
+    decoder = get_backend("cpu").load(
+        open_checkpoint(directory), LoadOptions(kv_tokens=64, **options)
+    )
+    try:
+        return logits_of(decoder, prompt, cuts)
+    finally:
+        decoder.close()
+
+
+def test_kernels_threads_and_pieces_change_no_bit(directory: Path, prompt: list[int]) -> None:
+    expected = native_logits(directory, prompt, threads=2)
+    assert np.isfinite(expected).all()
+    assert expected.std() > 0.1
+    for isa in _native.kernel_names():
+        pieces = native_logits(directory, prompt, (1, 2, 33), threads=1, isa=isa)
+        assert (pieces.view(np.uint32) == expected.view(np.uint32)).all(), isa
+
+
+def nmse(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Squared error over squared size."""
+    return float(((ours - theirs) ** 2).sum() / (theirs**2).sum())
+
+
+def test_against_transformers(directory: Path, prompt: list[int]) -> None:
+    """The same files in transformers, in bfloat16 as published and in float32; takes 15 GB.
+
+    Thirty layers of random weights amplify each flipped int8 code, so the whole model is held to
+    the noise of transformers' own bfloat16; single layers are held to rounding errors.
+    """
+    ids = torch.tensor([prompt])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function: function)
+        model = transformers.BitNetForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        stock = model(ids).logits[0].float().numpy()
+        # transformers forbids its own .float() on quantised models.
+        exact = torch.nn.Module.float(model)(ids).logits[0].numpy()
+    ours = native_logits(directory, prompt, kv_dtype="fp32")
+    noise, error = nmse(stock, exact), nmse(ours, exact)
+    agree = float((ours.argmax(-1) == exact.argmax(-1)).mean())
+    print(f"NMSE {error:.1e}, of bfloat16 {noise:.1e}; greedy tokens agree at {agree:.1%}")
+    checkpoint = open_checkpoint(directory)
+    for index, (inputs, outputs) in enumerate(layers_in_transformers(model, ids)):
+        errors = layer_errors("cpu", checkpoint, index, inputs, outputs)
+        print(f"layer {index}: median {np.median(errors):.1e}, worst {errors.max():.1e}")
+        assert np.median(errors) <= 1e-5, index
+        assert errors.max() <= 1e-2, index
+    assert error <= noise
