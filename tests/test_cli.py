@@ -289,3 +289,49 @@ def test_every_option_has_its_environment_variable() -> None:
                 wanted = "BITLLM_" + long[2:].replace("-", "_").upper()
                 assert parameter.envvar == wanted, (name, long)
                 assert parameter.show_envvar
+
+
+# Streams that take nothing
+
+
+def shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of sh in which `$BITLLM` is the command."""
+    return subprocess.run(
+        ["sh", "-c", line],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "BITLLM": " ".join(BITLLM), **variables},
+    )
+
+
+@pytest.mark.parametrize("arguments", ["--version", "--help", "run hi", "info"])
+def test_a_closed_stdout_is_one_clear_error(arguments: str) -> None:
+    done = shell(f"$BITLLM {arguments} >&-")
+    assert done.stderr == "error: standard output is closed\n"
+    assert done.returncode == 1
+
+
+def test_notes_do_not_go_to_stdout_when_stderr_is_closed(model: str) -> None:
+    done = shell(f"$BITLLM run x -n 1 -m {model}-missing 2>&-")
+    assert done.stdout == ""
+    assert done.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("arguments", ["--version", "--help", "run --help", ""])
+def test_a_full_disk_behind_stdout_is_one_clear_error(arguments: str) -> None:
+    done = shell(f"$BITLLM {arguments} >/dev/full")
+    assert done.stderr == "error: No space left on device\n"
+    assert done.returncode == 1
+
+
+# Where a value came from
+
+
+def test_a_wrong_device_of_the_environment_is_said_to_be_from_there(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITLLM_DEVICE", "foo")
+    assert "unknown device 'foo', set by BITLLM_DEVICE" in invoke("info", model).stderr
+    assert "unknown device 'bar', asked for" in invoke("info", model, "--device", "bar").stderr

@@ -69,6 +69,12 @@ class CommandGroup(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Parse the command line, run it and exit with its code; never returns."""
+        if sys.stderr is None:
+            # Python has no stream for a descriptor that is closed, and `print` would take stdout.
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        if sys.stdout is None:
+            failures.print_error("standard output is closed")
+            sys.exit(failures.EXIT_FAILURE)
         tolerate_narrow_encodings()
         if not sys.stderr.isatty():
             # The Hub's client would draw its bars into files and pipes.
@@ -78,7 +84,9 @@ class CommandGroup(click.Group):
             warnings.showwarning = _print_warning
             try:
                 status = super().main(*args, **extra)
-            except (click.Abort, click.ClickException) as error:
+            except (click.Abort, click.ClickException, OSError) as error:
+                if isinstance(error, OSError):  # stdout took no help or version
+                    _discard_stdout()
                 status = failures.report(error, verbose=False)
         sys.exit(status if isinstance(status, int) else 0)
 

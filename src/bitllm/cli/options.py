@@ -100,9 +100,19 @@ model_option: Decorator[Any] = option(
     " Default: the demo model inside bitllm.",
 )
 
+
+def _leave_to_the_backend(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> str | None:
+    # Backends read BITLLM_DEVICE themselves, and then say that it was the variable.
+    source = ctx.get_parameter_source(param.name or "")
+    return None if source is click.core.ParameterSource.ENVIRONMENT else value
+
+
 engine_options: Decorator[Any] = _together(
     option(
         "--device",
+        callback=_leave_to_the_backend,
         metavar="auto|cpu|reference",
         help="What computes: native kernels (cpu) or plain NumPy (reference).",
     ),
