@@ -84,6 +84,8 @@ def test_a_list_of_prompts_gives_a_list() -> None:
         (None, "text or a list of token ids, got NoneType"),
         ([1.5], "whole numbers"),
         ([[1], ["a"]], "whole numbers"),
+        ([[1, [2]]], "whole numbers"),
+        ([[1, [2, 3]], [4]], "whole numbers"),
         (["a", [1.5]], "whole numbers"),
         ([300], "token id 300 is outside"),
         ([-1], "token id -1 is outside"),

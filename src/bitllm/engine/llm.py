@@ -298,7 +298,10 @@ def _is_one(prompt: object) -> bool:
 
 
 def _token_ids(prompt: Ordered[int]) -> list[int]:
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except (ValueError, TypeError, OverflowError):  # lists of different depths
+        ids = np.empty((0, 0))
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ConfigError(
             f"token ids must be whole numbers in one list, got {prompt!r:.80}",
