@@ -188,3 +188,11 @@ def test_odd_suggestions() -> None:
     assert found == ModelDefaults(stop_ids=frozenset({2, 3}))
     with pytest.raises(FormatError, match=r"generation_config.json: top_p must be above 0"):
         model_defaults(GenerationDefaults(top_p=0.0), frozenset())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"top_k": "many"}'])
+def test_a_broken_generation_config_is_a_format_error(tmp_path: Path, text: str) -> None:
+    model = write_model(tmp_path / "tiny")
+    (model / "generation_config.json").write_text(text)
+    with pytest.raises(FormatError, match=r"generation_config\.json: "):
+        load(str(model), device="reference")

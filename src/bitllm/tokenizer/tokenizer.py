@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitllm.errors import ChatTemplateError, TokenizerError
+from bitllm.errors import BitllmError, ChatTemplateError, FormatError, TokenizerError
 from bitllm.tokenizer.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -241,7 +241,8 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
             chat_template.jinja or chat_template.json, config.json and generation_config.json.
 
     Raises:
-        TokenizerError: a file is missing or broken.
+        TokenizerError: a file of the tokenizer is missing or broken.
+        FormatError: config.json or generation_config.json is broken.
     """
     # The library costs 8 MB, which programs without text need not pay.
     import tokenizers
@@ -265,8 +266,8 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
         **_read_json(directory / "special_tokens_map.json"),
         **_read_json(directory / "tokenizer_config.json"),
     }
-    model = _read_json(directory / "config.json")
-    generation = _read_json(directory / "generation_config.json")
+    model = _read_json(directory / "config.json", FormatError)
+    generation = _read_json(directory / "generation_config.json", FormatError)
     return Tokenizer(
         backend,
         config,
@@ -286,18 +287,18 @@ def _no_tokenizer(directory: Path) -> str:
     return "download the model again, or copy the tokenizer of its base model"
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty if there is no such file."""
+def _read_json(file: Path, failure: type[BitllmError] = TokenizerError) -> dict[str, Any]:
+    """The JSON object in a file, empty if there is no such file; `failure` if it is broken."""
     if not file.is_file():
         return {}
     try:
         fields = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(
+        raise failure(
             f"{file}: not readable as JSON ({error})", hint="the file is damaged; download it again"
         ) from error
     if not isinstance(fields, dict):
-        raise TokenizerError(f"{file}: should hold a JSON object")
+        raise failure(f"{file}: should hold a JSON object")
     return fields
 
 
