@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bitllm.backends import get_backend
+from bitllm.backends import cpu, get_backend
 from bitllm.backends.base import LoadOptions
 from bitllm.checkpoint import Checkpoint, DenseTensor, ModelSpec, TernaryMatrix
 from bitllm.config import EngineOptions
@@ -110,7 +111,7 @@ def test_the_users_limit_counts_too() -> None:
 
 
 def test_where_nothing_is_known_everything_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_plan, "available_memory", lambda: None)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda device: None)
     unknown = plan(available=None)
     assert unknown.allowed is None
     assert unknown.fits
@@ -152,10 +153,28 @@ def test_the_plan_covers_what_a_decoder_takes(device: str, rows: int) -> None:
         assert taken.scratch_bytes > 0.7 * wanted.scratch
 
 
-def test_available_memory_of_this_machine() -> None:
-    found = memory_plan.available_memory()
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_available_memory_of_this_machine(device: str) -> None:
+    found = memory_plan.available_memory(device)
     assert found is not None
     assert 10**7 < found < 10**14
+
+
+def test_the_cpu_plans_with_what_its_native_code_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available_memory", lambda: 12345)
+    assert plan(available=None, device="cpu").available == 12345
+    assert memory_plan.available_memory("cpu") == 12345
+    assert plan(available=None, device="reference").available != 12345
+    monkeypatch.setattr(cpu, "available_memory", lambda: 0)  # unknown to it
+    monkeypatch.setattr(memory_plan, "_system_available", lambda: 678)
+    assert memory_plan.available_memory("cpu") == 678
+
+
+def test_without_the_native_module_the_plan_asks_the_system(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitllm.backends.cpu", None)
+    assert memory_plan.available_memory("cpu") is not None
 
 
 def test_a_control_group_counts_idle_file_pages_as_free(tmp_path: Path) -> None:
@@ -176,13 +195,13 @@ def test_without_meminfo_the_physical_memory_counts(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Path, "read_text", missing)
     monkeypatch.setattr("os.sysconf", lambda name: 4096 if "SIZE" in name else 1000)
-    assert memory_plan.available_memory() == 4096 * 1000
+    assert memory_plan.available_memory("reference") == 4096 * 1000
 
     def unknown(name: str) -> int:
         raise ValueError(name)
 
     monkeypatch.setattr("os.sysconf", unknown)
-    assert memory_plan.available_memory() is None
+    assert memory_plan.available_memory("reference") is None
 
 
 @pytest.mark.parametrize(

@@ -175,14 +175,15 @@ def plan_memory(
         MissingTensorError: the checkpoint lacks a tensor.
     """
     spec = checkpoint.spec
+    device = choose_device(options.device).name
     per_token = kv_bytes_per_token(spec, options.kv_dtype)
     tokens = kv_token_count(spec, options)
     return MemoryPlan(
-        weights=_weight_bytes(checkpoint, CODE_BITS.get(choose_device(options.device).name, 2)),
+        weights=_weight_bytes(checkpoint, CODE_BITS.get(device, 2)),
         kv=tokens * per_token,
         scratch=_scratch_bytes(spec, options.max_batch_tokens),
         process=PROCESS_BYTES + TOKENIZER_BYTES * spec.vocab_size,
-        available=available_memory() if available is None else available,
+        available=available_memory(device) if available is None else available,
         limit=options.memory_limit,
         context=context_length(spec, options),
         kv_tokens=tokens,
@@ -222,13 +223,26 @@ def _scratch_bytes(spec: ModelSpec, rows: int) -> int:
     return rows * a_row + 32 * LOGIT_ROWS * spec.vocab_size
 
 
-def available_memory() -> int | None:
+def available_memory(device: str = "cpu") -> int | None:
     """Return the bytes this process can still take without swapping; None = unknown.
 
-    The smaller of what the kernel calls available and what the control group still allows.
+    The smaller of what the kernel calls available and what the control group still allows. For the
+    device "cpu" this is the figure of its native code, by which it also loads; it knows control
+    groups of version 1 and nested ones.
     """
+    if device == "cpu" and (found := _native_available()):
+        return found
     bounds = [_system_available(), _group_available(Path("/sys/fs/cgroup"))]
     return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _native_available() -> int:
+    """Return the figure of the native module, 0 = unknown or not built."""
+    try:
+        from bitllm.backends.cpu import available_memory as native_figure
+    except ImportError:
+        return 0
+    return int(native_figure())
 
 
 def _system_available() -> int | None:
