@@ -137,6 +137,70 @@ def test_rope_needs_an_even_size_and_a_positive_base(theta, dim):
         RopeSpec(theta, dim)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"theta": math.inf},
+        {"theta": math.nan},
+        {"theta": 1e200},
+        {"theta": 1e-200},
+        {"scaling": "linear", "factor": 0.0},
+        {"scaling": "linear", "factor": -2.0},
+        {"scaling": "linear", "factor": math.nan},
+        {"scaling": "linear", "factor": math.inf},
+        {"scaling": "linear", "factor": 1e60},
+        {"scaling": "linear", "factor": 1e-60},
+        {"scaling": "llama3", "factor": 1e-60},
+        {"scaling": "llama3", "low_freq_factor": 0.0},
+        {"scaling": "llama3", "low_freq_factor": math.nan},
+        {"scaling": "llama3", "low_freq_factor": 4.0},
+        {"scaling": "llama3", "high_freq_factor": 0.5},
+        {"scaling": "llama3", "high_freq_factor": math.inf},
+        {"scaling": "llama3", "original_context": 0},
+        {"scaling": "llama3", "original_context": 10**400},
+    ],
+)
+def test_rope_that_turns_by_no_number_is_refused(values):
+    with pytest.raises(ConfigError, match=r"rope|RoPE"):
+        RopeSpec(**{"theta": 10000.0, "dim": 64, **values})
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "llama3"])
+@pytest.mark.parametrize("theta", [1e-20, 1.0, 1e30])
+def test_accepted_rope_frequencies_are_positive_numbers(scaling, theta):
+    found = RopeSpec(theta, 64, scaling, 8.0).inverse_frequencies()
+    assert np.isfinite(found).all()
+    assert (found > 0).all()
+
+
+@pytest.mark.parametrize("eps", [-1e-6, math.nan, math.inf, 1e-60, 1e60])
+def test_an_epsilon_that_float32_lacks_is_refused(eps):
+    spec = tiny_spec()
+    layer = spec.layers[0]
+    for change in (
+        lambda: replace(spec, norm_eps=eps),
+        lambda: replace(layer, norm_eps=eps),
+        lambda: replace(layer.q, norm_eps=eps),
+    ):
+        with pytest.raises(ConfigError, match="norm_eps"):
+            change()
+
+
+def test_an_epsilon_may_be_zero_or_absent():
+    spec = tiny_spec()
+    assert replace(spec, norm_eps=0.0).norm_eps == 0
+    assert replace(spec.layers[0].q, norm_eps=None).norm_eps is None
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 1e60])
+def test_scales_of_queries_and_embeddings_are_finite(scale):
+    spec = tiny_spec()
+    with pytest.raises(ConfigError, match="query_scale"):
+        replace(spec.layers[0], query_scale=scale)
+    with pytest.raises(ConfigError, match="embedding_scale"):
+        replace(spec, embedding_scale=scale)
+
+
 def test_rope_frequencies():
     plain = RopeSpec(10000.0, 4).inverse_frequencies()
     assert plain.dtype == np.float32

@@ -524,6 +524,20 @@ class TestConfig:
             ({"num_key_value_heads": 3}, FormatError, "3 KV heads"),
             ({"rms_norm_eps": 0}, FormatError, "rms_norm_eps"),
             ({"rms_norm_eps": math.nan}, FormatError, "rms_norm_eps"),
+            ({"rms_norm_eps": 1e-60}, FormatError, r"config.json: norm_eps"),
+            (
+                {
+                    "quantization_config": {**BITNET, "use_rms_norm": True, "rms_norm_eps": 1e-60},
+                },
+                FormatError,
+                r"config.json: norm_eps",
+            ),
+            ({"rope_theta": 1e200}, FormatError, r"config.json: rope_theta"),
+            (
+                {"rope_scaling": {"type": "linear", "factor": 1e60}},
+                FormatError,
+                r"config.json: the RoPE factor",
+            ),
             ({"rope_theta": math.inf}, FormatError, "rope_theta"),
             ({"rope_theta": 10**400}, FormatError, "rope_theta"),
             ({"head_dim": 5}, FormatError, "even"),

@@ -167,6 +167,31 @@ class TernaryMatrix:
         return self.packed.nbytes + self.scales.nbytes
 
 
+_LARGEST_CONTEXT = 2**53
+
+
+def _all_positive(values: npt.NDArray[np.float32]) -> bool:
+    return bool((np.isfinite(values) & (values > 0)).all())
+
+
+def _check_epsilon(eps: float) -> None:
+    """Refuse an epsilon that is negative, no number, or not zero but lost in float32."""
+    with np.errstate(all="ignore"):
+        held = np.float32(eps)
+    if not (np.isfinite(held) and eps >= 0 and (held > 0 or eps == 0)):
+        raise ConfigError(
+            f"norm_eps must be 0 or a positive number that float32 holds, got {eps}",
+            hint="models use 1e-6 to 1e-5",
+        )
+
+
+def _check_finite(name: str, value: float) -> None:
+    with np.errstate(all="ignore"):
+        held = np.float32(value)
+    if not np.isfinite(held):
+        raise ConfigError(f"{name} must be a number that float32 holds, got {value}")
+
+
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
     """Rotary position embedding, rotate-half style, over the first `dim` of a head.
@@ -188,17 +213,49 @@ class RopeSpec:
             raise ConfigError(f"RoPE needs an even, positive number of dimensions, got {self.dim}")
         if not (math.isfinite(self.theta) and self.theta > 0):
             raise ConfigError(f"rope_theta must be a positive number, got {self.theta}")
+        if self.scaling == "llama3":
+            self._check_llama3()
+        # All frequencies lie between those of the first and the last pair, divided or not.
+        ends = np.array([0, self.dim - 2], np.float64) / self.dim
+        with np.errstate(all="ignore"):
+            plain = self._plain_frequencies(ends)
+            divided = plain / np.float32(self.factor)
+        if not _all_positive(plain):
+            raise ConfigError(
+                f"rope_theta {self.theta} gives frequencies that float32 cannot hold",
+                hint="models use 10000 to some millions",
+            )
+        if self.scaling != "none" and not _all_positive(divided):
+            raise ConfigError(
+                f"the RoPE factor {self.factor} gives frequencies that are not positive numbers",
+                hint="models use 1 to 128",
+            )
+
+    def _check_llama3(self) -> None:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not (0 < low < high and math.isfinite(high)):
+            raise ConfigError(
+                f"RoPE of llama3 needs 0 < low_freq_factor < high_freq_factor, got {low} and {high}"
+            )
+        if not 0 < self.original_context <= _LARGEST_CONTEXT:
+            raise ConfigError(
+                f"RoPE needs an original context of 1 to {_LARGEST_CONTEXT} tokens, "
+                f"got {self.original_context!r:.30}"
+            )
 
     def inverse_frequencies(self) -> npt.NDArray[np.float32]:
         """Return float32 [dim / 2] radians per position; the angle is their fp32 product."""
         exponents = np.arange(0, self.dim, 2, dtype=np.float64) / self.dim
-        # float32 before the reciprocal, as transformers does, so that angles agree to the bit.
-        frequencies = (1.0 / (self.theta**exponents).astype(np.float32)).astype(np.float32)
+        frequencies = self._plain_frequencies(exponents)
         if self.scaling == "linear":
             frequencies = (frequencies / np.float32(self.factor)).astype(np.float32)
         elif self.scaling == "llama3":
             frequencies = self._llama3(frequencies)
         return frequencies
+
+    def _plain_frequencies(self, exponents: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        # float32 before the reciprocal, as transformers does, so that angles agree to the bit.
+        return (1.0 / (self.theta**exponents).astype(np.float32)).astype(np.float32)
 
     def _llama3(self, frequencies: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         wavelengths = 2 * math.pi / frequencies.astype(np.float64)
@@ -227,6 +284,10 @@ class LinearSpec:
     norm_eps: float | None = None
     bias: bool = False
     activation_bits: Literal[8] | None = 8
+
+    def __post_init__(self) -> None:
+        if self.norm_eps is not None:
+            _check_epsilon(self.norm_eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +331,8 @@ class LayerSpec:
             raise ConfigError(
                 f"RoPE turns {self.rope.dim} dimensions of a head that has {self.head_dim}"
             )
+        _check_epsilon(self.norm_eps)
+        _check_finite("query_scale", self.query_scale)
 
     def linear(self, name: str) -> LinearSpec:
         """Return the projection called `name`, one of `LINEAR_NAMES`."""
@@ -293,6 +356,10 @@ class ModelSpec:
     max_context: int
     embedding_scale: float = 1.0
     pooling: Literal["none", "last"] = "none"
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.norm_eps)
+        _check_finite("embedding_scale", self.embedding_scale)
 
     def linear_names(self) -> Iterator[tuple[str, LinearSpec]]:
         """Yield the canonical name and spec of every ternary matrix, layer by layer."""

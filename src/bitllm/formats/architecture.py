@@ -265,8 +265,8 @@ def read_model_spec(
         "ffn_sub_norm": sub_norms,
         "qk_norm": architecture.qk_norm,
     }
-    linears = _linear_specs(config, architecture, quantization, hidden, shared)
     try:
+        linears = _linear_specs(config, architecture, quantization, hidden, shared)
         by_window = {
             window: LayerSpec(**linears, **shared, sliding_window=window) for window in set(windows)
         }
