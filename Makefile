@@ -113,7 +113,7 @@ test-slow: install sanitize  ## sanitizers, emulated AVX-512, aarch64, slow pyte
 verify-large: install  ## evidence at 2B size: several GB of disk and memory, figures to stdout
 	$(BIN)/python benchmarks/make_checkpoint.py --shape 2b build/models/2b
 	$(BIN)/python benchmarks/decode.py build/models/2b
-	$(BIN)/python -m pytest -m large; status=$$?; [ $$status -eq 5 ] || exit $$status
+	$(BIN)/python -m pytest -m large
 
 bench: install  ## footprint, and decode speed of a 10M-parameter model
 	$(BIN)/python benchmarks/footprint.py
