@@ -316,6 +316,9 @@ def test_notes_do_not_go_to_stdout_when_stderr_is_closed(model: str) -> None:
     done = shell(f"$BITLLM run x -n 1 -m {model}-missing 2>&-")
     assert done.stdout == ""
     assert done.returncode == 1
+    done = shell("$BITLLM --version 2>&-")
+    assert done.stdout.startswith("bitllm ")
+    assert done.returncode == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
