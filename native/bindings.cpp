@@ -3,8 +3,8 @@
 //
 // Every array argument is .noconvert(): a converted copy of an output would leave the caller's
 // array untouched. C++ exceptions become ValueError (invalid_argument, domain_error), IndexError
-// (out_of_range) and MemoryError (bad_alloc); bitllm.backends.cpu and bitllm.ops turn these into
-// bitllm's own.
+// (out_of_range), OverflowError (overflow_error) and MemoryError (bad_alloc); bitllm.backends.cpu
+// and bitllm.ops turn these into bitllm's own.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>

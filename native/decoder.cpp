@@ -52,7 +52,23 @@ Decoder::Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtim
     demand(runtime.kv_type != FloatType::F16, "KV storage is bf16 or fp32");
 }
 
+// What prepare() has measured must stay as it is.
+void Decoder::demand_building() const {
+    demand(!arena_, "the decoder is prepared; its model cannot be changed any more");
+}
+
+void Decoder::set_embedding(DenseMatrix embedding) {
+    demand_building();
+    embedding_ = embedding;
+}
+
+void Decoder::set_head(DenseMatrix head) {
+    demand_building();
+    head_ = head;
+}
+
 size_t Decoder::add_layer(LayerConfig config) {
+    demand_building();
     demand(config.heads > 0 && config.kv_heads > 0 && config.head_dim > 0 &&
                config.heads % config.kv_heads == 0,
            "attention heads cannot share these KV heads");
@@ -70,6 +86,7 @@ size_t Decoder::add_layer(LayerConfig config) {
 }
 
 Decoder::Layer& Decoder::layer_at(size_t index) {
+    demand_building();
     if (index >= layers_.size()) refuse("there is no layer " + std::to_string(index));
     return layers_[index];
 }
@@ -79,6 +96,7 @@ Linear& Decoder::linear_at(size_t layer, LinearName name) {
 }
 
 void Decoder::set_final_norm(std::span<const float> gain) {
+    demand_building();
     demand(gain.size() == model_.hidden,
            "the final norm must have one gain for each hidden dimension");
     final_norm_.assign(gain.begin(), gain.end());
@@ -157,6 +175,7 @@ void Decoder::lay_out_kv() {
 }
 
 void Decoder::prepare() {
+    demand_building();
     demand(embedding_.data && head_.data && !final_norm_.empty(),
            "embedding, head or final norm is missing");
     demand(!layers_.empty(), "a model needs at least one layer");
@@ -169,6 +188,7 @@ void Decoder::prepare() {
     lay_out_kv();
     arena_.emplace(plan_scratch(nullptr));
     plan_scratch(&*arena_);
+    std::fill_n(last_writer_, runtime_.kv_blocks, uint64_t{0});
 }
 
 size_t Decoder::weight_bytes() const {
@@ -211,6 +231,13 @@ void Decoder::check(const StepInput& input) const {
                    all_below(input.block_tables + run * input.block_table_width, blocks,
                              runtime_.kv_blocks),
                "a block table does not name every block up to the last position of its run");
+        const int32_t* table = input.block_tables + run * input.block_table_width;
+        for (size_t i = static_cast<size_t>(input.positions[begin]) / KV_BLOCK_SIZE; i < blocks;
+             ++i) {
+            uint64_t& writer = last_writer_[table[i]];
+            demand(writer != step_, "a KV block would be written in two places at once");
+            writer = step_;
+        }
     }
 }
 
@@ -263,18 +290,22 @@ void Decoder::check_plan(const SamplePlan& plan) const {
            "a mask row must have a bit for each id of the vocabulary");
 }
 
+void Decoder::check_blocks(const int32_t* blocks, size_t count) const {
+    demand(arena_.has_value(), "prepare() was not called");
+    if (!all_below(blocks, count, kv_->blocks()))
+        throw std::out_of_range("a KV block is not there");
+}
+
 void Decoder::copy_blocks(const int32_t* pairs, size_t count) {
     const std::lock_guard lock(mutex_);
-    if (!all_below(pairs, 2 * count, kv_->blocks()))
-        throw std::out_of_range("a KV block is not there");
+    check_blocks(pairs, 2 * count);
     for (size_t i = 0; i < count; ++i)
         kv_->copy(static_cast<size_t>(pairs[2 * i]), static_cast<size_t>(pairs[2 * i + 1]));
 }
 
 void Decoder::read_blocks(std::span<const int32_t> blocks, std::byte* out) {
     const std::lock_guard lock(mutex_);
-    if (!all_below(blocks.data(), blocks.size(), kv_->blocks()))
-        throw std::out_of_range("a KV block is not there");
+    check_blocks(blocks.data(), blocks.size());
     for (size_t i = 0; i < blocks.size(); ++i)
         std::memcpy(out + i * kv_->block_bytes(), kv_->block(static_cast<size_t>(blocks[i])),
                     kv_->block_bytes());
@@ -282,8 +313,7 @@ void Decoder::read_blocks(std::span<const int32_t> blocks, std::byte* out) {
 
 void Decoder::write_blocks(std::span<const int32_t> blocks, const std::byte* data) {
     const std::lock_guard lock(mutex_);
-    if (!all_below(blocks.data(), blocks.size(), kv_->blocks()))
-        throw std::out_of_range("a KV block is not there");
+    check_blocks(blocks.data(), blocks.size());
     for (size_t i = 0; i < blocks.size(); ++i)
         std::memcpy(kv_->block(static_cast<size_t>(blocks[i])), data + i * kv_->block_bytes(),
                     kv_->block_bytes());

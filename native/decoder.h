@@ -11,6 +11,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -120,10 +121,10 @@ class Decoder {
     Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime);
 
     // Building, in any order, before prepare(). All copy but set_embedding and set_head, and throw
-    // std::invalid_argument where sizes contradict each other.
+    // std::invalid_argument where sizes contradict each other, or after prepare().
     size_t add_layer(LayerConfig config);
-    void set_embedding(DenseMatrix embedding) { embedding_ = embedding; }
-    void set_head(DenseMatrix head) { head_ = head; }
+    void set_embedding(DenseMatrix embedding);
+    void set_head(DenseMatrix head);
     void set_final_norm(std::span<const float> gain);
     void set_vector(size_t layer, VectorName name, std::span<const float> values);
     // `canonical`: out rows of ceil(in / 4) bytes in the packing of checkpoint.py, turned here into
@@ -133,12 +134,14 @@ class Decoder {
     void set_linear_norm(size_t layer, LinearName name, std::span<const float> gain, float eps);
     void set_linear_bias(size_t layer, LinearName name, std::span<const float> bias);
 
-    // Checks that the model is whole and takes scratch and KV storage. Throws
+    // Checks that the model is whole and takes scratch and KV storage; once. Throws
     // std::invalid_argument, std::bad_alloc.
     void prepare();
 
     // One step. Steps of several threads queue. Throws std::invalid_argument for a batch that
-    // contradicts itself or the model; then nothing was written.
+    // contradicts itself or the model; then nothing was written. Throws std::overflow_error, naming
+    // the layer, where numbers to be quantised are NaN or infinite; then outputs and what the batch
+    // wrote into its KV blocks mean nothing, and the next step is as good as any.
     void forward(const StepInput& input, const StepOutput& output);
 
     size_t kv_blocks() const { return runtime_.kv_blocks; }
@@ -149,7 +152,7 @@ class Decoder {
     size_t weight_bytes() const;
 
     // pairs: `count` times (source, destination). All three throw std::out_of_range for unknown
-    // blocks.
+    // blocks, and std::invalid_argument before prepare().
     void copy_blocks(const int32_t* pairs, size_t count);
     void read_blocks(std::span<const int32_t> blocks, std::byte* out);
     void write_blocks(std::span<const int32_t> blocks, const std::byte* data);
@@ -214,6 +217,8 @@ class Decoder {
         std::optional<Sampler> sampler;
     };
 
+    void demand_building() const;
+    void check_blocks(const int32_t* blocks, size_t count) const;
     Layer& layer_at(size_t index);
     Linear& linear_at(size_t layer, LinearName name);
     void check_layer(size_t index) const;
@@ -226,6 +231,7 @@ class Decoder {
 
     ThreadPool& pool_for(const StepInput& input) const;
     void run_step(int worker);
+    void spoil(const Layer& layer);
     void attention_block(const Layer& layer, int worker, Workspace& own);
     void ffn_block(const Layer& layer, int worker, Workspace& own);
     void finish(int worker, Workspace& own);
@@ -247,8 +253,7 @@ class Decoder {
     void attend(const Layer& layer, int worker, Workspace& own);
     void attend_tile(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
     void attend_heads(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
-    void merge_block(const LayerConfig& config, const Scored& block, size_t state,
-                     Workspace& own) const;
+    void merge_block(const Layer& layer, const Scored& block, size_t state, Workspace& own);
 
     void head_rows(const Request* requests, size_t count, Range rows);
     void finish_request(const Request& request, const float* hidden, Workspace& own);
@@ -275,6 +280,7 @@ class Decoder {
     std::array<Quantized, 4>
         quantized_{};  // what linears share, then own inputs of up to three of them
     uint32_t* run_of_token_ = nullptr;   // [tokens]
+    uint64_t* last_writer_ = nullptr;    // [kv_blocks]: the last step that wrote into each
     Tile* tiles_ = nullptr;              // [tokens]
     float* final_rows_ = nullptr;        // [logit_rows_][hidden]
     float* logits_ = nullptr;            // [logit_rows_][vocab]
@@ -286,6 +292,8 @@ class Decoder {
     size_t attention_work_ = 0;
 
     // The step under way.
+    uint64_t step_ = 0;
+    std::atomic<size_t> spoilt_layer_ = 0;  // the first one, or the number of layers
     ThreadPool* pool_ = nullptr;
     const StepInput* input_ = nullptr;
     const StepOutput* result_ = nullptr;

@@ -1,8 +1,11 @@
 // The computation of one step. All workers run run_step() together; a barrier ends each stage, and
 // within a stage workers take disjoint tokens, heads or rows of a matrix.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
+#include <string>
 
 #include "decoder.h"
 #include "numerics.h"
@@ -19,6 +22,8 @@ constexpr size_t HEAD_TILE =
 constexpr size_t TILE_TOKENS = 8;    // tokens that go through a KV block together
 constexpr size_t TILE_QUERIES = 64;  // and their heads: sums kept while walking the blocks
 constexpr size_t LOGIT_ROWS = 8;     // at least this many rows of logits at a time
+
+constexpr float LARGEST_FLOAT = std::numeric_limits<float>::max();
 
 // A layer has nine barriers. Other threads are asked for help from this many multiplications
 // between two barriers on (some 10 us of one core): below, waiting for each other would cost more
@@ -58,6 +63,13 @@ void narrow(const float* values, FloatType type, size_t n, std::byte* out) {
     }
     auto* bits = reinterpret_cast<uint16_t*>(out);
     for (size_t i = 0; i < n; ++i) bits[i] = bf16_from_f32(values[i]);
+}
+
+// Neither NaN nor infinity among them. Quantising passes over NaN, so it has to be asked before.
+bool all_finite(const float* values, size_t n) {
+    int32_t finite = 1;  // as wide as the floats, for the loop to become vector code
+    for (size_t i = 0; i < n; ++i) finite &= std::fabs(values[i]) <= LARGEST_FLOAT ? 1 : 0;
+    return finite != 0;
 }
 
 // Takes from an arena, or only adds up what it would take.
@@ -103,6 +115,7 @@ size_t Decoder::plan_scratch(Arena* arena) {
         table.sines = plan.take<float>(tokens * table.inverse_frequencies.size());
     }
     run_of_token_ = plan.take<uint32_t>(tokens);
+    last_writer_ = plan.take<uint64_t>(runtime_.kv_blocks);
     tiles_ = plan.take<Tile>(tokens);
     final_rows_ = plan.take<float>(logit_rows_ * model_.hidden);
     logits_ = plan.take<float>(logit_rows_ * model_.vocab);
@@ -125,6 +138,7 @@ size_t Decoder::plan_scratch(Arena* arena) {
 
 void Decoder::forward(const StepInput& input, const StepOutput& output) {
     const std::lock_guard lock(mutex_);
+    ++step_;
     check(input);
     check_outputs(input, output);
     input_ = &input;
@@ -140,7 +154,21 @@ void Decoder::forward(const StepInput& input, const StepOutput& output) {
                                      static_cast<uint32_t>(std::min(TILE_TOKENS, end - first))};
     }
     pool_ = &pool_for(input);
+    spoilt_layer_.store(layers_.size(), std::memory_order_relaxed);
     pool_->parallel([this](int worker, int) { run_step(worker); });
+    const size_t spoilt = spoilt_layer_.load(std::memory_order_relaxed);
+    if (spoilt < layers_.size())
+        throw std::overflow_error("layer " + std::to_string(spoilt) +
+                                  ": activations hold NaN or infinity");
+}
+
+// Remembers the first layer that was given, or made, numbers that cannot be quantised. The step
+// goes on, so that all workers come to its barriers.
+void Decoder::spoil(const Layer& layer) {
+    const auto index = static_cast<size_t>(&layer - layers_.data());
+    size_t first = spoilt_layer_.load(std::memory_order_relaxed);
+    while (index < first && !spoilt_layer_.compare_exchange_weak(first, index)) {
+    }
 }
 
 ThreadPool& Decoder::pool_for(const StepInput& input) const {
@@ -247,6 +275,7 @@ void Decoder::quantize_inputs(const Layer& layer, std::span<const LinearName> na
                               const float* x, const float* norm, Workspace& own) {
     const size_t n = layer.linear(names[0]).in;
     const auto quantize = [&](const float* values, Quantized& input) {
+        if (!all_finite(values, n)) spoil(layer);
         input.scales[token] = kernels_.quantize(values, n, input.values + token * padded_columns(n),
                                                 input.sums + token);
     };
@@ -417,7 +446,7 @@ void Decoder::attend_heads(const Layer& layer, const Tile& tile, Range heads, Wo
                 const float* query = work_ + (tile.first + i) * stride + head * n;
                 const size_t state = i * count + (head - heads.begin);
                 const Scored scored{query, rows, rows + layer.value_offset, seen_to - seen_from};
-                merge_block(config, scored, state, own);
+                merge_block(layer, scored, state, own);
             }
         }
     }
@@ -431,14 +460,19 @@ void Decoder::attend_heads(const Layer& layer, const Tile& tile, Range heads, Wo
     }
 }
 
-void Decoder::merge_block(const LayerConfig& config, const Scored& block, size_t state,
-                          Workspace& own) const {
+void Decoder::merge_block(const Layer& layer, const Scored& block, size_t state, Workspace& own) {
+    const LayerConfig& config = layer.config;
     const size_t n = config.head_dim;
     const FloatType type = runtime_.kv_type;
     float weights[KV_BLOCK_SIZE];
     kernels_.attention_scores(block.query, block.keys, type, block.count, n, config.query_scale,
                               weights);
     const float block_highest = *std::max_element(weights, weights + block.count);
+    // The softmax of NaN or of infinity is NaN, which exp may pass over; that of a score of
+    // -infinity is 0 unless there is no other.
+    int32_t fits = block_highest >= -LARGEST_FLOAT ? 1 : 0;
+    for (size_t j = 0; j < block.count; ++j) fits &= weights[j] <= LARGEST_FLOAT ? 1 : 0;
+    if (!fits) spoil(layer);
     kernels_.exp_shifted(weights, block.count, block_highest);
     float block_total = 0.0f;
     for (size_t j = 0; j < block.count; ++j) block_total = block_total + weights[j];

@@ -16,6 +16,12 @@ constexpr size_t RADIX_BITS = 11;
 constexpr size_t RADIX_PASSES = 3;  // 33 bits cover the 32 of a logit
 constexpr size_t RADIX_BUCKETS = size_t{1} << RADIX_BITS;
 
+bool any_nan(const float* values, size_t n) {
+    int32_t found = 0;  // as wide as the floats, for the loop to become vector code
+    for (size_t i = 0; i < n; ++i) found |= values[i] != values[i] ? 1 : 0;
+    return found != 0;
+}
+
 // Highest value; NaN is passed over. In lanes, so that the loop becomes maxima of whole registers.
 float highest_of(const float* values, size_t n) {
     float lanes[LANES];
@@ -38,10 +44,10 @@ double sum_in_lanes(const float* values, size_t n) {
     return std::accumulate(lanes, lanes + 8, 0.0);
 }
 
-// Lowest id of the highest logit, -1 if no logit is above -infinity.
+// Lowest id of the highest logit, -1 if no logit is above -infinity or one is NaN.
 int32_t first_highest(const float* logits, size_t n) {
     const float highest = highest_of(logits, n);
-    if (!(highest > LOWEST)) return -1;
+    if (!(highest > LOWEST) || any_nan(logits, n)) return -1;
     return static_cast<int32_t>(std::find(logits, logits + n, highest) - logits);
 }
 
@@ -319,7 +325,9 @@ void Sampler::draw_of_kept(Draw& draw, size_t count) const {
 }
 
 void Sampler::score(const float* logits, int32_t target, size_t top_n, const ScoreOutput& out) {
-    const float highest = highest_of(logits, vocab_);
+    // One NaN makes NaN of all log-probabilities, as it does of a sum.
+    const float highest = any_nan(logits, vocab_) ? std::numeric_limits<float>::quiet_NaN()
+                                                  : highest_of(logits, vocab_);
     std::memcpy(probabilities_, logits, vocab_ * sizeof(float));
     kernels_.exp_shifted(probabilities_, vocab_, highest);
     const double log_total = log_f64(static_cast<double>(lane_sum(probabilities_, vocab_)));

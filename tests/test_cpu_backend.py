@@ -108,6 +108,16 @@ def test_a_norm_that_is_no_number_is_refused(checkpoint, name, value):
         load(Checkpoint(checkpoint.spec, source, "damaged"))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_scale_that_is_no_number_is_refused(checkpoint, value):
+    matrices = dict(checkpoint.source.ternary_matrices)
+    scales = np.full_like(matrices["layers.1.up"].scales, value)
+    matrices["layers.1.up"] = replace(matrices["layers.1.up"], scales=scales)
+    source = MemorySource(checkpoint.source.dense_tensors, matrices)
+    with pytest.raises(QuantizationError, match=r"scale of layers\.1\.up is NaN or infinite"):
+        load(Checkpoint(checkpoint.spec, source, "damaged"))
+
+
 def test_threads_that_the_system_refuses(checkpoint, monkeypatch):
     def refuse(**_: object) -> None:
         raise RuntimeError("Resource temporarily unavailable")
@@ -327,6 +337,43 @@ def test_native_shapes_are_checked():
             call(codes, np.zeros((2, 3), np.uint8))
     with pytest.raises(ValueError, match="kernel set"):
         _native.ternary_matmul(packed, codes, np.zeros((2, 2), np.int32), "mmx")
+
+
+def test_kv_blocks_are_there_only_after_prepare():
+    decoder = _native.Decoder(
+        isa="scalar",
+        vocab=4,
+        hidden=4,
+        norm_eps=1e-5,
+        embedding_scale=1.0,
+        kv_blocks=2,
+        kv_dtype="bf16",
+        threads=1,
+        max_batch_tokens=1,
+    )
+    block, data = np.zeros(1, np.int32), np.zeros((1, 0), np.uint8)
+    for call in (
+        lambda: decoder.copy_blocks(np.zeros((1, 2), np.int32)),
+        lambda: decoder.read_blocks(block, data),
+        lambda: decoder.write_blocks(block, data),
+    ):
+        with pytest.raises(ValueError, match=r"prepare\(\) was not called"):
+            call()
+
+
+def test_a_prepared_model_cannot_be_changed(checkpoint):
+    native = load(checkpoint)._native
+    ones = np.ones(4, np.float32)
+    for call in (
+        lambda: native.set_linear(0, "q", np.full((4, 1), 0x55, np.uint8), 4, ones[:1]),
+        lambda: native.set_linear_norm(0, "q", ones, 1e-5),
+        lambda: native.set_linear_bias(0, "q", ones),
+        lambda: native.set_vector(0, "attn_norm", ones),
+        lambda: native.set_final_norm(ones),
+        native.prepare,
+    ):
+        with pytest.raises(ValueError, match="the decoder is prepared"):
+            call()
 
 
 def test_the_machine_is_described():

@@ -11,7 +11,7 @@ import pytest
 from batches import Draw, Run, logits_of, make_batch, make_plan, prompt_ids
 from bitllm.backends import get_backend
 from bitllm.backends.base import Batch, Decoder, LoadOptions, OutputKind, SamplePlan
-from bitllm.checkpoint import Checkpoint
+from bitllm.checkpoint import Checkpoint, DenseTensor, ModelSpec
 from bitllm.errors import (
     ConfigError,
     MissingTensorError,
@@ -213,6 +213,16 @@ CONTRADICTIONS = {
     "kind unknown": {"output_kinds": np.array([1, 1, 4], np.uint8)},
     "kinds too few": {"output_kinds": np.array([1], np.uint8)},
     "score without target": {"output_kinds": np.array([1, 1, 2], np.uint8)},
+    "two runs write one block": {
+        "run_offsets": np.array([0, 2, 3], I32),
+        "positions": np.array([32, 33, 5], I32),
+        "block_tables": np.array([[4, 6], [6, 5]], I32),
+        "adapter_slots": np.full(2, -1, I32),
+    },
+    "a run writes one block twice": {
+        "positions": np.array([31, 32, 33], I32),
+        "block_tables": np.array([[4, 4]], I32),
+    },
     "sample without plan": {"output_kinds": np.array([1, 1, 3], np.uint8)},
 }
 
@@ -221,6 +231,54 @@ CONTRADICTIONS = {
 def test_a_batch_that_contradicts_itself_is_refused(load, name):
     with pytest.raises(ConfigError):
         load(random_checkpoint(tiny_spec())).forward(batch_with(**CONTRADICTIONS[name]))
+
+
+def test_runs_may_read_one_block_and_write_others(load):
+    decoder, ids = load(random_checkpoint(tiny_spec())), prompt_ids(33, 101)
+    expected = logits_of(decoder, ids)
+    runs = [Run(ids[32:], 32, [0, 5]), Run(ids[32:], 32, [0, 6])]
+    for _ in range(2):  # what a step has written, the next one may write again
+        logits = decoder.forward(make_batch(runs)).logits
+        assert (logits == expected[32]).all()
+
+
+def spoilt(dense: dict[str, float], spec: ModelSpec) -> Checkpoint:
+    """A checkpoint whose dense tensors of these names have this value at the start of row 7."""
+    checkpoint = random_checkpoint(spec, dtype="f32")
+    tensors = dict(checkpoint.source.dense_tensors)
+    for name, value in dense.items():
+        values = tensors[name].to_float32().copy()
+        values[7, ...].reshape(-1)[:1] = value
+        tensors[name] = DenseTensor(values, "f32")
+    source = MemorySource(tensors, checkpoint.source.ternary_matrices)
+    return replace(checkpoint, source=source)
+
+
+SPOILT = {
+    "embedding NaN": ({}, {"embed": np.nan}),
+    "embedding infinite": ({}, {"embed": np.inf}),
+    "embedding infinite, one norm each": ({"linear_norm_eps": 1e-6}, {"embed": -np.inf}),
+    "scores": ({"qk_norm": True}, {"layers.1.q_norm": 3e38, "layers.1.k_norm": -3e38}),
+    "scores, normalised after": (
+        {"qk_norm": True, "attn_sub_norm": True},
+        {"layers.1.q_norm": 3e38, "layers.1.k_norm": 3e38},
+    ),
+    "relu2": ({"ffn_sub_norm": True}, {"layers.1.ffn_norm": 3e38}),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.parametrize("count", [1, 40])
+def test_activations_that_are_no_numbers_are_refused(load, name, count):
+    switches, values = SPOILT[name]
+    decoder = load(spoilt(values, tiny_spec(**switches)))
+    batch = make_batch([Run([7] * count)])
+    with pytest.raises(QuantizationError, match="only finite numbers"):
+        decoder.forward(batch)
+    if "embed" in values:  # other tokens are as good as before
+        ids = [i if i != 7 else 8 for i in prompt_ids(33, 101)]
+        fresh = load(random_checkpoint(tiny_spec(**switches), dtype="f32"))
+        assert (logits_of(decoder, ids) == logits_of(fresh, ids)).all()
 
 
 def test_a_batch_of_too_many_rows_is_refused(load):

@@ -314,6 +314,43 @@ TEST(a_batch_that_contradicts_itself_is_refused) {
     CHECK(refuses([](Step& step) { step.kinds[7] = static_cast<uint8_t>(OutputKind::SCORE); }));
     CHECK(refuses([](Step& step) { step.offsets[1] = 7; }));
     CHECK(refuses([](Step& step) { step.input.token_ids = {}; }));
+    CHECK(refuses([](Step& step) {  // two runs that write one block
+        step.offsets = {0, 4, 8};
+        step.slots = {-1, -1};
+        for (size_t i = 4; i < 8; ++i) step.positions[i] = static_cast<int32_t>(i) - 4;
+        step.table = {5, 5};
+        step.input.run_offsets = step.offsets;
+        step.input.adapter_slots = step.slots;
+        step.input.block_tables = step.table.data();
+        step.input.block_table_width = 1;
+    }));
+    CHECK(!refuses([](Step&) {}));
+}
+
+TEST(a_step_of_numbers_that_are_none_is_refused_and_the_next_is_not) {
+    const auto ids = prompt(40);
+    for (const int threads : {1, 2}) {
+        Model model(best_kernels(), threads);
+        const auto expected = logits_of(*model.decoder, ids, {});
+        uint16_t& value = model.embedding[static_cast<size_t>(ids[33]) * HIDDEN + 299];
+        const uint16_t sound = value;
+        for (const uint16_t bits : {0x7F80, 0xFF80, 0x7FC0}) {  // +-infinity, NaN
+            value = bits;
+            CHECK(throws<std::overflow_error>([&] { logits_of(*model.decoder, ids, {}); }));
+        }
+        value = sound;
+        CHECK(same_bits(expected, logits_of(*model.decoder, ids, {})));
+    }
+}
+
+TEST(a_prepared_model_cannot_be_changed) {
+    const Model model(scalar_kernels, 1);
+    Decoder& decoder = *model.decoder;
+    CHECK(throws<std::invalid_argument>([&] { decoder.set_embedding({}); }));
+    CHECK(throws<std::invalid_argument>([&] { decoder.set_head({}); }));
+    CHECK(throws<std::invalid_argument>(
+        [&] { decoder.set_linear_bias(0, LinearName::Q, std::vector<float>(3)); }));
+    CHECK(throws<std::invalid_argument>([&] { decoder.prepare(); }));
 }
 
 TEST(an_incomplete_model_is_refused) {

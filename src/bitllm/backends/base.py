@@ -180,7 +180,8 @@ class Batch:
         positions: int32 [tokens], absolute; consecutive within a run.
         run_offsets: int32 [runs + 1]; run r is rows run_offsets[r]:run_offsets[r + 1].
         block_tables: int32 [runs, blocks], -1 = unused; position p of run r lives in block
-            block_tables[r, p // KV_BLOCK_SIZE]. Blocks up to the run's last position must be named.
+            block_tables[r, p // KV_BLOCK_SIZE]. Blocks up to the run's last position must be named;
+            no block is written in two places.
         adapter_slots: int32 [runs], -1 = none.
         output_rows: int32 [outputs], token row of each output request.
         output_kinds: uint8 [outputs], `OutputKind`.
@@ -259,6 +260,8 @@ class Decoder(Protocol):
         Raises:
             ConfigError: the batch contradicts itself or the model (an id outside the vocabulary, a
                 position without a block, more rows than `max_batch_tokens`).
+            QuantizationError: activations have become NaN or infinite, as those of damaged weights
+                do; what this batch wrote into its KV blocks means nothing.
         """
 
     def copy_blocks(self, pairs: I32) -> None:
@@ -340,6 +343,7 @@ def check_batch(batch: Batch, spec: ModelSpec, kv_capacity: int, max_batch_token
     starts = np.repeat(batch.positions[offsets[:-1]] - offsets[:-1], np.diff(offsets))
     if batch.positions.min() < 0 or (batch.positions != starts + np.arange(tokens)).any():
         raise ConfigError("positions must be consecutive and not negative within each run")
+    written = []
     for run in range(runs):
         used = int(batch.positions[offsets[run + 1] - 1]) // KV_BLOCK_SIZE + 1
         blocks = batch.block_tables[run, :used]
@@ -348,6 +352,13 @@ def check_batch(batch: Batch, spec: ModelSpec, kv_capacity: int, max_batch_token
                 f"run {run} reaches KV block {used - 1} of its sequence, but its block table does "
                 f"not name {used} blocks of 0 .. {kv_capacity - 1}"
             )
+        written.append(blocks[int(batch.positions[offsets[run]]) // KV_BLOCK_SIZE :])
+    blocks, places = np.unique(np.concatenate(written), return_counts=True)
+    if (places > 1).any():
+        raise ConfigError(
+            f"KV block {blocks[places > 1][0]} would be written in two places at once",
+            hint="give each run blocks of its own from its first position on",
+        )
     _check_outputs(batch, tokens, spec)
 
 

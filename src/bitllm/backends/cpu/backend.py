@@ -173,6 +173,11 @@ def _load_linear(native: _native.Decoder, checkpoint: Checkpoint, index: int, na
         )
     packed = np.ascontiguousarray(matrix.packed)
     scales = np.ascontiguousarray(matrix.scales).reshape(-1)
+    if not np.isfinite(scales).all():
+        raise QuantizationError(
+            f"{checkpoint.origin}: a scale of {full_name} is NaN or infinite",
+            hint="the file is damaged; download it again",
+        )
     try:
         native.set_linear(index, name, packed, matrix.in_features, scales)
     except ValueError as error:

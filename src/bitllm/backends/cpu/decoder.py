@@ -20,7 +20,7 @@ from bitllm.backends.base import (
     check_batch,
 )
 from bitllm.checkpoint import ModelSpec
-from bitllm.errors import ConfigError
+from bitllm.errors import ConfigError, QuantizationError
 
 __all__ = ["CpuDecoder"]
 
@@ -90,6 +90,11 @@ class CpuDecoder:
             _check_arrays(batch)
             check_batch(batch, self.spec, self._kv_capacity, self._max_batch_tokens)
             raise ConfigError(f"the batch cannot be computed: {error}") from error
+        except OverflowError as error:
+            raise QuantizationError(
+                f"{error}: only finite numbers can be quantised",
+                hint="the weights are damaged, or too large for float32",
+            ) from error
         return output
 
     def copy_blocks(self, pairs: I32) -> None:
