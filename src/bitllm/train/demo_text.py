@@ -3,7 +3,8 @@
 Two sources, both under the licence of Python itself (PSF): the docstrings of the standard library,
 read from its files with `ast` (nothing is imported or run), and the prose of
 `pydoc_data.topics`. Each module and each topic becomes a page of documentation, cut into
-passages; each public name also becomes a short dialogue, so that the model can answer a chat. The text depends on the Python release, so a recipe pins it by its hash.
+passages; each public name also becomes a short dialogue, so that the model can answer a chat. The
+text depends on the Python release, so a recipe pins it by its hash.
 """
 
 from __future__ import annotations
