@@ -116,7 +116,14 @@ def tensors(shape: Shape, rng: np.random.Generator, zero_rows: float) -> Iterato
     """Yield the tensors of the model in file order; data is drawn only when its chunks are read."""
 
     def gain(name: str, size: int) -> Tensor:
-        return Tensor(name, "BF16", (size,), lambda: iter([bf16(np.ones(size, np.float32))]))
+        # Not all 1: bf16 embeddings would then meet exact ties when they are rounded to int8, which
+        # no trained model does, and any two implementations break ties by their last bits.
+        return Tensor(
+            name,
+            "BF16",
+            (size,),
+            lambda: iter([bf16(rng.uniform(0.5, 1.5, size).astype(np.float32))]),
+        )
 
     def linear(
         name: str, out: int, into: int, zero: npt.NDArray[np.int64] = NO_ROWS
