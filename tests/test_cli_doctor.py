@@ -19,7 +19,8 @@ from bitllm.backends import cpu
 from bitllm.backends.base import Batch, StepOutput
 from bitllm.cli import checks, machine
 from bitllm.cli.app import app
-from bitllm.cli.checks import CheckFailedError, check_demo, run_checks
+from bitllm.cli.checks import check_demo, run_checks
+from bitllm.cli.failures import CheckFailedError
 from bitllm.cli.selftest import SelfTest, difference
 from bitllm.engine.llm import LLM
 from bitllm.errors import ModelNotFoundError

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from bitllm.cli.failures import CheckFailedError
 from bitllm.cli.terminal import note
 from bitllm.errors import BitllmError
 
-__all__ = ["Check", "CheckFailedError", "check_demo", "run_checks"]
+__all__ = ["Check", "check_demo", "run_checks"]
 
 DEMO_TOKENS = 16
 
@@ -23,10 +24,6 @@ class Check:
     passed: bool
     detail: str
     seconds: float
-
-
-class CheckFailedError(Exception):
-    """What a check found wrong, in words."""
 
 
 def run_checks(*, verbose: bool = False) -> list[Check]:

@@ -14,6 +14,7 @@ __all__ = [
     "EXIT_FAILURE",
     "EXIT_INTERRUPTED",
     "EXIT_USAGE",
+    "CheckFailedError",
     "print_error",
     "report",
 ]
@@ -24,6 +25,10 @@ EXIT_INTERRUPTED = 130
 """128 + SIGINT, as a shell reports a program that Ctrl-C ended."""
 EXIT_CLOSED = 141
 """128 + SIGPIPE, as a shell reports a program whose reader went away."""
+
+
+class CheckFailedError(Exception):
+    """What a check of `bitllm doctor` found wrong, in words."""
 
 
 def print_error(message: str, hint: str | None = None) -> None:

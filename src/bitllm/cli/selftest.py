@@ -28,7 +28,7 @@ from bitllm.checkpoint import (
     RopeSpec,
     TernaryMatrix,
 )
-from bitllm.cli.checks import CheckFailedError
+from bitllm.cli.failures import CheckFailedError
 
 __all__ = ["SelfTest", "difference", "model_logits", "random_model"]
 
