@@ -18,6 +18,7 @@ from bitllm.cli import info as info_module
 from bitllm.cli.app import COMMANDS, app
 from bitllm.errors import FormatError
 from cli_model import write_model
+from interrupted import process_to_interrupt
 
 BITLLM = [sys.executable, "-m", "bitllm"]
 
@@ -254,7 +255,8 @@ def test_a_reader_that_was_never_there_ends_it_quietly(model: str) -> None:
 
 def test_sigint_stops_a_run_with_130_after_the_text_so_far(model: str) -> None:
     command = [*BITLLM, "run", "-m", model, "--max-tokens", "7000", "abc"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process_to_interrupt(command, **pipes) as process:
         assert process.stdout is not None
         first = os.read(process.stdout.fileno(), 100)
         process.send_signal(signal.SIGINT)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from bitllm.engine.loading import load
 from bitllm.engine.outputs import Chunk
 from bitllm.errors import ContextOverflowError
 from cli_model import write_model
+from interrupted import process_to_interrupt, unmeasured
 
 BITLLM = [sys.executable, "-m", "bitllm"]
 PATIENCE_S = 30.0
@@ -239,7 +240,7 @@ def test_regenerating_greedily_says_why_nothing_changes(model: str) -> None:
 def test_sigint_ends_a_chat_without_terminal(model: str) -> None:
     command = [*BITLLM, "chat", "-m", model]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes) as process:
+    with process_to_interrupt(command, **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b"abc\n")
@@ -262,7 +263,13 @@ def test_the_history_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 class Terminal:
     """`bitllm chat` with a keyboard: stdin and stderr are a pty, stdout is a pipe."""
 
-    def __init__(self, model: str, state: Path, *arguments: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        state: Path,
+        *arguments: str,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         self._leader, follower = os.openpty()
         variables = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state)}
         self.process = subprocess.Popen(
@@ -270,7 +277,7 @@ class Terminal:
             stdin=follower,
             stdout=subprocess.PIPE,
             stderr=follower,
-            env={**os.environ, **variables},
+            env={**environment, **variables},
             start_new_session=True,
         )
         os.close(follower)
@@ -371,7 +378,7 @@ def test_an_error_does_not_end_the_chat(model: str, state: Path) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(model: str, state: Path) -> None:
-    terminal = Terminal(model, state)
+    terminal = Terminal(model, state, environment=unmeasured())
     terminal.expect(">>>")
     terminal.type("abc\r")
     assert terminal.process.stdout is not None
