@@ -3,11 +3,12 @@
 Integers (codes, int8 activations, accumulators) are compared with `==` on identical inputs. Whole
 models run in float32 on both sides. Mostly their logits then differ by a normalised squared error
 of about 1e-13; but once a difference in the last bit moves an int8 code to the other side of a tie,
-everything behind it in that text moves by the noise of the quantisation itself. So of three texts
-the median error is held to 1e-4, the largest to 1e-3, and greedy tokens are the same except where
+everything behind it in that text moves by the noise of the quantisation itself. Which codes flip
+may change with the alignment of memory, on which torch's sums depend. So of five texts the median
+error is held to 1e-4, the largest to 1e-3, and greedy tokens are the same except where
 transformers' own two best are closer than 0.05 (in a text with a flipped code: than four times the
 row's difference); those are counted and listed. Each layer on its own, fed with the input that it
-had in transformers, is held to 1e-5.
+had in transformers, is held to 1e-6 at a quarter of its tokens at least.
 """
 
 from __future__ import annotations
@@ -222,8 +223,8 @@ def int8_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prompts() -> torch.Tensor:
-    """Three texts, each longer than a KV block, int64 [3, tokens]."""
-    return torch.randint(0, VOCAB, (3, 34), generator=torch.Generator().manual_seed(5))
+    """Five texts, each longer than a KV block, int64 [5, tokens]."""
+    return torch.randint(0, VOCAB, (5, 34), generator=torch.Generator().manual_seed(5))
 
 
 class TestProjections:
@@ -314,13 +315,14 @@ def nmse(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize("device", ["reference", "cpu"])
 def test_each_layer_on_the_same_input(written: Written, device: str) -> None:
-    """A flipped int8 code shows in its own token only: the median is that of rounding errors."""
-    seen = layers_in_transformers(written.model, prompts()[:1])
-    for index, (inputs, outputs) in enumerate(seen):
-        errors = layer_errors(device, written.checkpoint, index, inputs, outputs)
-        assert np.median(errors) <= 1e-5, index
-        assert (errors > 1e-5).mean() <= 0.1, index
-        assert errors.max() <= 0.05, index
+    """A flipped int8 code reaches later tokens through attention; a wrong layer would reach all."""
+    seen = [layers_in_transformers(written.model, text[None]) for text in prompts()]
+    for index in range(len(written.checkpoint.spec.layers)):
+        errors = np.concatenate(
+            [layer_errors(device, written.checkpoint, index, *text[index]) for text in seen]
+        )
+        assert np.quantile(errors, 0.25) <= 1e-6, index
+        assert errors.max() <= 0.1, index
 
 
 @pytest.mark.parametrize("device", ["reference", "cpu"])
