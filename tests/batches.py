@@ -24,7 +24,7 @@ class Run:
 
 def make_batch(
     runs: Sequence[Run],
-    kind: OutputKind = OutputKind.LOGITS,
+    kind: int = OutputKind.LOGITS,
     rows: Sequence[int] | None = None,
     **fields: Any,
 ) -> Batch:

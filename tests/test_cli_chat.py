@@ -307,7 +307,10 @@ class Terminal:
         self.type("\x04")
         return self.process.wait(timeout=PATIENCE_S)
 
-    def close(self) -> None:
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.process.kill()
         self.process.communicate()
         os.close(self._leader)
@@ -320,9 +323,8 @@ def state(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def terminal(model: str, state: Path) -> Iterator[Terminal]:
-    terminal = Terminal(model, state, "--max-tokens", "6")
-    yield terminal
-    terminal.close()
+    with Terminal(model, state, "--max-tokens", "6") as terminal:
+        yield terminal
 
 
 def expected(model: str, *messages: str) -> list[str]:
@@ -365,40 +367,37 @@ def test_a_backslash_continues_the_message(model: str, terminal: Terminal) -> No
 
 
 def test_an_error_does_not_end_the_chat(model: str, state: Path) -> None:
-    terminal = Terminal(model, state, "--context", "64", "--max-tokens", "6")
-    terminal.expect(">>>")
-    terminal.type("long " * 40 + "\r")
-    terminal.expect("error:")
-    terminal.expect(">>>")
-    terminal.type("abc\r")
-    assert terminal.answer() == expected(model, "abc")[0]
-    terminal.expect(">>>")
-    assert terminal.leave() == 0
-    terminal.close()
+    with Terminal(model, state, "--context", "64", "--max-tokens", "6") as terminal:
+        terminal.expect(">>>")
+        terminal.type("long " * 40 + "\r")
+        terminal.expect("error:")
+        terminal.expect(">>>")
+        terminal.type("abc\r")
+        assert terminal.answer() == expected(model, "abc")[0]
+        terminal.expect(">>>")
+        assert terminal.leave() == 0
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(model: str, state: Path) -> None:
-    terminal = Terminal(model, state, environment=unmeasured())
-    terminal.expect(">>>")
-    terminal.type("abc\r")
-    assert terminal.process.stdout is not None
-    os.read(terminal.process.stdout.fileno(), 10)
-    # The pty is not the controlling terminal of this session, so the key sends no signal by itself.
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.expect("(stopped)")
-    terminal.expect(">>>")
-    terminal.type("/exit\r")
-    assert terminal.process.wait(timeout=PATIENCE_S) == 0
-    terminal.close()
+    with Terminal(model, state, environment=unmeasured()) as terminal:
+        terminal.expect(">>>")
+        terminal.type("abc\r")
+        assert terminal.process.stdout is not None
+        os.read(terminal.process.stdout.fileno(), 10)
+        # The pty is no controlling terminal, so the key sends no signal by itself.
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.expect("(stopped)")
+        terminal.expect(">>>")
+        terminal.type("/exit\r")
+        assert terminal.process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_a_history_that_cannot_be_written_is_told(model: str, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    terminal = Terminal(model, blocked, "--max-tokens", "6")
-    terminal.expect("what you type is not remembered: ")
-    terminal.expect(">>>")
-    terminal.type("abc\r")
-    assert terminal.answer() == expected(model, "abc")[0]
-    assert terminal.leave() == 0
-    terminal.close()
+    with Terminal(model, blocked, "--max-tokens", "6") as terminal:
+        terminal.expect("what you type is not remembered: ")
+        terminal.expect(">>>")
+        terminal.type("abc\r")
+        assert terminal.answer() == expected(model, "abc")[0]
+        assert terminal.leave() == 0

@@ -327,3 +327,10 @@ def test_a_target_outside_the_vocabulary_is_refused(load):
     batch = make_batch([Run([1, 2, 3])], OutputKind.SCORE, rows=[2], **scores)
     with pytest.raises(ConfigError):
         load(random_checkpoint(tiny_spec())).forward(batch)
+
+
+def test_output_kinds_are_plain_numbers() -> None:
+    """NumPy calls Python methods of other types, and loses an interrupt that arrives in one."""
+    kinds = (OutputKind.HIDDEN, OutputKind.LOGITS, OutputKind.SCORE, OutputKind.SAMPLE)
+    assert [type(kind) for kind in kinds] == [int] * OutputKind.COUNT
+    assert kinds == tuple(range(OutputKind.COUNT))

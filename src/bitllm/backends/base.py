@@ -11,8 +11,7 @@ which run reads and writes which block is said by the block tables of each batch
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -77,17 +76,23 @@ class LoadOptions:
                 raise ConfigError(f"{name} must be a positive whole number, got {value!r}")
 
 
-class OutputKind(IntEnum):
-    """What a row of a batch wants back."""
+class OutputKind:
+    """What a row of a batch wants back: values of `Batch.output_kinds`.
 
-    HIDDEN = 0
+    Plain numbers: given an enum, NumPy asks its Python methods for its own hooks, and an interrupt
+    (Ctrl-C) that arrives in one of those is lost.
+    """
+
+    HIDDEN: Final = 0
     """The hidden state after the final norm, float32 [hidden]."""
-    LOGITS = 1
+    LOGITS: Final = 1
     """All logits, float32 [vocab]."""
-    SCORE = 2
+    SCORE: Final = 2
     """Log-probability of a target id, and the `top_n` most likely ids."""
-    SAMPLE = 3
+    SAMPLE: Final = 3
     """A token drawn by the row's entry of the `SamplePlan`."""
+    COUNT: Final = 4
+    """How many kinds there are."""
 
 
 @dataclass(frozen=True, slots=True)

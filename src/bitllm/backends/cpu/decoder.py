@@ -144,7 +144,7 @@ def _values(record: SamplePlan | StepOutput, names: tuple[str, ...]) -> Iterator
 
 
 def _empty_output(batch: Batch, spec: ModelSpec) -> StepOutput:
-    counts = np.bincount(batch.output_kinds, minlength=len(OutputKind)).tolist()
+    counts = np.bincount(batch.output_kinds, minlength=OutputKind.COUNT).tolist()
     samples = counts[OutputKind.SAMPLE]
     scored = samples + counts[OutputKind.SCORE]
     width = int(max(batch.plan.top_logprobs.max(initial=0), batch.score_top_n.max(initial=0)))

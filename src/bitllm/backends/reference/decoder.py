@@ -103,7 +103,8 @@ class ReferenceDecoder:
             for request, kind in enumerate(batch.output_kinds)
             if kind != OutputKind.HIDDEN
         }
-        wanted = {kind: np.flatnonzero(batch.output_kinds == kind).tolist() for kind in OutputKind}
+        kinds = range(OutputKind.COUNT)
+        wanted = [np.flatnonzero(batch.output_kinds == kind).tolist() for kind in kinds]
         samples, scores = wanted[OutputKind.SAMPLE], wanted[OutputKind.SCORE]
         sampled = [draw_token(batch.plan, n, logits[row]) for n, row in enumerate(samples)]
         rows = samples + scores
