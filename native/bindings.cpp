@@ -60,8 +60,8 @@ Enum enumerator(const std::string& text, std::initializer_list<const char*> name
     throw std::invalid_argument("unknown " + std::string(what) + " '" + text + "'");
 }
 
-FloatType float_type(const std::string& text) {
-    return enumerator<FloatType>(text, {"f32", "bf16", "f16"}, "dtype");
+ValueType float_type(const std::string& text) {
+    return enumerator<ValueType>(text, {"f32", "bf16", "f16"}, "dtype");
 }
 
 LinearName linear_name(const std::string& text) {
@@ -83,8 +83,8 @@ class BoundDecoder {
 
     // `rows` are the bytes of a [vocab, hidden] matrix.
     DenseMatrix borrow(const Matrix<const uint8_t>& rows, const std::string& dtype) {
-        const FloatType type = float_type(dtype);
-        const size_t row_bytes = model_.hidden * (type == FloatType::F32 ? 4 : 2);
+        const ValueType type = float_type(dtype);
+        const size_t row_bytes = model_.hidden * size_of(type);
         require(rows.shape(0) == model_.vocab && rows.shape(1) == row_bytes,
                 "embedding and head must be [vocabulary, hidden] of " + dtype);
         borrowed_.push_back(rows);
@@ -347,14 +347,23 @@ void multiply_canonical(const Kernels& kernels, const Matrix<const uint8_t>& pac
         std::memcpy(padded.data() + t * padded_columns(k), q.data() + t * k, k);
         for (size_t i = 0; i < k; ++i) sums[t] += q.data()[t * k + i];
     }
-    std::vector<uint8_t> tile(ROWS * ternary_row_bytes(k));
+    std::vector<uint8_t> tile(ROWS * packed_row_bytes(Packing::TWO_BIT, k));
+    std::vector<uint8_t> codes(ROWS * padded_columns(k));
     for (size_t row = 0; row < rows; row += ROWS) {
         const size_t height = std::min(ROWS, rows - row);
         const uint8_t* canonical = packed.data() + row * canonical_row_bytes(k);
         if (!repack_rows(canonical, k, 0, height, tile.data()))
             throw std::domain_error("packed weights hold the bits 11, which are no ternary code");
-        kernels.ternary_matmul(tile.data(), height, k, padded.data(), sums.data(), tokens,
-                               out.data() + row, rows);
+        const IntegerKernels& integer = *kernels.integer;
+        if (tokens == 1) {
+            integer.packed[0].matvec(tile.data(), height, k, padded.data(), sums[0],
+                                     out.data() + row);
+            continue;
+        }
+        integer.packed[0].unpack(tile.data(), height, k, codes.data());
+        integer.codes_matmul(codes.data(), padded_columns(k), height, padded_columns(k),
+                             padded.data(), padded_columns(k), sums.data(), tokens,
+                             out.data() + row, rows);
     }
 }
 

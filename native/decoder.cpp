@@ -49,7 +49,7 @@ Decoder::Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtim
     demand(model.vocab > 0 && model.hidden > 0, "vocabulary and hidden size must be positive");
     demand(runtime.kv_blocks > 0 && runtime.max_batch_tokens > 0,
            "KV blocks and token rows must be positive");
-    demand(runtime.kv_type != FloatType::F16, "KV storage is bf16 or fp32");
+    demand(runtime.kv_type != ValueType::F16, "KV storage is bf16, fp32 or int8");
 }
 
 // What prepare() has measured must stay as it is.
@@ -113,7 +113,7 @@ void Decoder::set_linear(size_t layer, LinearName name, const uint8_t* canonical
            "a ternary matrix is empty or has too many columns");
     demand(scales.size() == 1 || scales.size() == out,
            "a ternary matrix needs one scale, or one a row");
-    const size_t bytes = out * ternary_row_bytes(in);
+    const size_t bytes = out * packed_row_bytes(Packing::TWO_BIT, in);
     linear.out = out;
     linear.in = in;
     linear.packed = Pages(bytes, bytes >= 2 * HUGE_PAGE);
@@ -164,11 +164,14 @@ void Decoder::check_layer(size_t index) const {
 }
 
 void Decoder::lay_out_kv() {
-    const size_t value_bytes = runtime_.kv_type == FloatType::BF16 ? 2 : 4;
+    const size_t scale_bytes =
+        runtime_.kv_type == ValueType::I8 ? KV_BLOCK_SIZE * sizeof(float) : 0;
     size_t block_bytes = 0;
     for (Layer& layer : layers_) {
+        layer.head_bytes = align_up(
+            KV_BLOCK_SIZE * layer.config.head_dim * size_of(runtime_.kv_type) + scale_bytes);
         layer.kv_offset = block_bytes;
-        layer.value_offset = align_up(KV_BLOCK_SIZE * layer.kv_width() * value_bytes);
+        layer.value_offset = layer.config.kv_heads * layer.head_bytes;
         block_bytes += 2 * layer.value_offset;
     }
     kv_.emplace(runtime_.kv_blocks, block_bytes);

@@ -26,7 +26,12 @@
 
 namespace bitllm {
 
-inline constexpr size_t KV_BLOCK_SIZE = 32;
+inline constexpr size_t size_of(ValueType type) { return VALUE_BYTES[static_cast<size_t>(type)]; }
+
+// A cache line of floats: rows that neighbours write share none.
+inline constexpr size_t ROW_GRAIN = 16;
+// What a worker can hold of a product.
+inline constexpr size_t ACCUMULATORS = 4096;
 
 struct ModelConfig {
     size_t vocab = 0;
@@ -37,7 +42,7 @@ struct ModelConfig {
 
 struct RuntimeConfig {
     size_t kv_blocks = 0;
-    FloatType kv_type = FloatType::BF16;  // BF16 or F32
+    ValueType kv_type = ValueType::BF16;  // BF16, F32 or I8
     int threads = 1;
     size_t max_batch_tokens = 1;
 };
@@ -46,7 +51,7 @@ struct RuntimeConfig {
 // checkpoint.
 struct DenseMatrix {
     const std::byte* data = nullptr;
-    FloatType type = FloatType::F32;
+    ValueType type = ValueType::F32;
 };
 
 // One ternary projection, y = rescale(packed @ quantize(norm(x))) + bias. Empty vectors = not
@@ -162,6 +167,7 @@ class Decoder {
         LayerConfig config;
         size_t rope_table = 0;    // index of its cosines and sines
         size_t kv_offset = 0;     // of its keys in a block, bytes
+        size_t head_bytes = 0;    // of the keys of one KV head in a block
         size_t value_offset = 0;  // of its values behind its keys, bytes
         std::array<Linear, LINEAR_COUNT> linears;
         std::array<std::vector<float>, VECTOR_COUNT> vectors;
@@ -186,17 +192,35 @@ class Decoder {
         float* cosines;  // [tokens][size of inverse_frequencies]
         float* sines;
     };
+    // Takes from an arena, or only adds up what it would take.
+    struct Planner {
+        Arena* arena;
+        size_t bytes = 0;
+
+        template <class T>
+        T* take(size_t count) {
+            bytes += Arena::bytes_for<T>(count);
+            return arena ? arena->take<T>(count) : nullptr;
+        }
+    };
     // Consecutive tokens of one run that go through attention together.
     struct Tile {
         uint32_t first;
         uint32_t count;
     };
-    // A query and the keys and values it sees of one KV block.
-    struct Scored {
-        const float* query;
-        const std::byte* keys;
-        const std::byte* values;
-        size_t count;
+    // Softmax under way over the positions some queries have seen.
+    struct Softmax {
+        float* highest;  // [queries] score
+        float* totals;   // [queries] sums of exp(score - highest)
+        float* sums;     // [queries][head_dim] values so weighted
+    };
+    // Keys and values of one KV head in a block; the scales are there in int8 only.
+    struct KvBlock {
+        ValueType type;
+        const void* keys;
+        const void* values;
+        const float* key_scales;
+        const float* value_scales;
     };
     // An output request: its kind, its index among those of its kind, and where its logits are.
     struct Request {
@@ -209,11 +233,15 @@ class Decoder {
         float* row;             // [widest input]
         float* normed;          // [widest input]
         int32_t* accumulators;  // of one tile of a product
-        float* tile_sums;       // [TILE_QUERIES][head_dim]
-        float* tile_highest;    // [TILE_QUERIES]
-        float* tile_totals;     // [TILE_QUERIES]
-        float* block_sums;      // [head_dim]
-        Request* requests;      // [logit_rows_]
+        uint8_t* codes;         // unpacked rows of one tile of a product
+        float* queries;         // [TILE_QUERIES][head_dim]
+        float* scores;          // [TILE_QUERIES][KV_BLOCK_SIZE]
+        float* keep;            // [TILE_QUERIES]
+        float* join;            // [TILE_QUERIES]
+        float* widened;         // keys and values of a block
+        Softmax chunk;
+        Softmax whole;
+        Request* requests;  // [logit_rows_]
         std::optional<Sampler> sampler;
     };
 
@@ -247,13 +275,27 @@ class Decoder {
     void project(const Layer& layer, int worker, Workspace& own);
     void expand(const Layer& layer, int worker, Workspace& own);
 
-    void turn_and_store(const Layer& layer, int worker);
+    void turn_and_store(const Layer& layer, int worker, Workspace& own);
     void turn(const Layer& layer, size_t token, float* head) const;
+    void store(const Layer& layer, size_t token, size_t kv_head, const float* key, Workspace& own);
+    static float* scales_of(std::byte* codes, size_t head_dim);
     std::byte* kv_rows(const Layer& layer, size_t run, size_t position, size_t kv_head) const;
+    static size_t first_seen(const Layer& layer, size_t position);
+    bool plan_chunks();
+    size_t chunks_to_share() const;
+    void plan_attention(Planner& plan);
     void attend(const Layer& layer, int worker, Workspace& own);
-    void attend_tile(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
-    void attend_heads(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
-    void merge_block(const Layer& layer, const Scored& block, size_t state, Workspace& own);
+    void attend_whole(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
+    void attend_chunks(const Layer& layer, int worker, Workspace& own);
+    void attend_chunk(const Layer& layer, const Tile& tile, Range heads, size_t chunk,
+                      Workspace& own);
+    KvBlock widened(const Layer& layer, std::byte* keys, bool many, Workspace& own);
+    void merge_block(const Layer& layer, const KvBlock& kv, Range queries, Range places,
+                     Workspace& own);
+    static void clear(const Softmax& state, size_t queries, size_t n);
+    static void merge_softmax(const Softmax& next, size_t from, const Softmax& state, size_t to,
+                              size_t n);
+    void finish_softmax(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
 
     void head_rows(const Request* requests, size_t count, Range rows);
     void finish_request(const Request& request, const float* hidden, Workspace& own);
@@ -279,9 +321,12 @@ class Decoder {
     float* work_ = nullptr;       // [tokens]: q, k, v of a token side by side, or its gate and up
     std::array<Quantized, 4>
         quantized_{};  // what linears share, then own inputs of up to three of them
-    uint32_t* run_of_token_ = nullptr;   // [tokens]
-    uint64_t* last_writer_ = nullptr;    // [kv_blocks]: the last step that wrote into each
-    Tile* tiles_ = nullptr;              // [tokens]
+    uint32_t* run_of_token_ = nullptr;  // [tokens]
+    uint64_t* last_writer_ = nullptr;   // [kv_blocks]: the last step that wrote into each
+    Tile* tiles_ = nullptr;             // [tokens]
+    uint32_t* first_chunk_ = nullptr;   // [tokens + 1]: of partials_
+    Softmax partials_{};                // [chunk_capacity_][heads]
+    size_t chunk_capacity_ = 0;
     float* final_rows_ = nullptr;        // [logit_rows_][hidden]
     float* logits_ = nullptr;            // [logit_rows_][vocab]
     std::vector<Workspace> workspaces_;  // one for each worker
@@ -299,6 +344,7 @@ class Decoder {
     const StepOutput* result_ = nullptr;
     size_t tokens_ = 0;
     size_t tile_count_ = 0;
+    bool shares_chunks_ = false;
 };
 
 }  // namespace bitllm

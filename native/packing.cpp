@@ -8,8 +8,9 @@
 namespace bitllm {
 namespace {
 
+constexpr size_t TWO_BIT_BLOCK = block_weights(Packing::TWO_BIT);
 constexpr uint8_t FOUR_ZERO_WEIGHTS = 0x55;
-constexpr size_t SEGMENT = TERNARY_BLOCK_BYTES / 4;  // canonical bytes that hold 64 weights
+constexpr size_t SEGMENT = BLOCK_BYTES / 4;  // canonical bytes that hold 64 weights
 
 // A 4 x 4 matrix of 2-bit elements, element (r, c) at bit 8 * r + 2 * c, transposed by exchanging
 // first within and then between its quarters.
@@ -40,7 +41,7 @@ uint32_t repack_block(const uint8_t* canonical, uint8_t* packed) {
 
 // The last block of a row, whose missing weights become zeros whatever the padding bits say.
 uint32_t repack_last_block(const uint8_t* canonical, size_t columns, uint8_t* packed) {
-    uint8_t whole[TERNARY_BLOCK_BYTES];
+    uint8_t whole[BLOCK_BYTES];
     std::memset(whole, FOUR_ZERO_WEIGHTS, sizeof whole);
     std::memcpy(whole, canonical, canonical_row_bytes(columns));
     if (columns % 4 != 0) {
@@ -85,18 +86,18 @@ bool unpack_rows(const uint8_t* canonical, size_t rows, size_t columns, int8_t* 
 
 bool repack_rows(const uint8_t* canonical, size_t columns, size_t first_row, size_t last_row,
                  uint8_t* packed) {
-    const size_t from_stride = canonical_row_bytes(columns), to_stride = ternary_row_bytes(columns);
-    const size_t whole_blocks = columns / TERNARY_BLOCK, rest = columns % TERNARY_BLOCK;
+    const size_t from_stride = canonical_row_bytes(columns),
+                 to_stride = packed_row_bytes(Packing::TWO_BIT, columns);
+    const size_t whole_blocks = columns / TWO_BIT_BLOCK, rest = columns % TWO_BIT_BLOCK;
     uint32_t wrong = 0;
     for (size_t row = first_row; row < last_row; ++row) {
         const uint8_t* from = canonical + row * from_stride;
         uint8_t* to = packed + row * to_stride;
         for (size_t block = 0; block < whole_blocks; ++block)
-            wrong |=
-                repack_block(from + block * TERNARY_BLOCK_BYTES, to + block * TERNARY_BLOCK_BYTES);
+            wrong |= repack_block(from + block * BLOCK_BYTES, to + block * BLOCK_BYTES);
         if (rest != 0)
-            wrong |= repack_last_block(from + whole_blocks * TERNARY_BLOCK_BYTES, rest,
-                                       to + whole_blocks * TERNARY_BLOCK_BYTES);
+            wrong |= repack_last_block(from + whole_blocks * BLOCK_BYTES, rest,
+                                       to + whole_blocks * BLOCK_BYTES);
     }
     return wrong == 0;
 }

@@ -77,6 +77,19 @@ struct StoredF16 {
     }
 };
 
+struct StoredI8 {
+    static constexpr size_t BYTES = 1;
+    static __m256 load(const char* at) {
+        const __m128i codes_i8x8 = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes_i8x8));
+    }
+    static __m256 load_part(const char* at, size_t count) {
+        char padded[8] = {};
+        std::memcpy(padded, at, count);
+        return load(padded);
+    }
+};
+
 // 16 lanes -> 8 -> 4 -> 2 -> 1, the upper half added to the lower half.
 inline float sum_lanes(__m256 low_f32x8, __m256 high_f32x8) {
     const __m256 sum_f32x8 = _mm256_add_ps(low_f32x8, high_f32x8);
@@ -84,6 +97,12 @@ inline float sum_lanes(__m256 low_f32x8, __m256 high_f32x8) {
         _mm_add_ps(_mm256_castps256_ps128(sum_f32x8), _mm256_extractf128_ps(sum_f32x8, 1));
     const __m128 sum_f32x2 = _mm_add_ps(sum_f32x4, _mm_movehl_ps(sum_f32x4, sum_f32x4));
     return _mm_cvtss_f32(_mm_add_ss(sum_f32x2, _mm_movehdup_ps(sum_f32x2)));
+}
+
+inline float highest_lane(__m256 x_f32x8) {
+    __m128 x_f32x4 = _mm_max_ps(_mm256_castps256_ps128(x_f32x8), _mm256_extractf128_ps(x_f32x8, 1));
+    x_f32x4 = _mm_max_ps(x_f32x4, _mm_movehl_ps(x_f32x4, x_f32x4));
+    return _mm_cvtss_f32(_mm_max_ss(x_f32x4, _mm_movehdup_ps(x_f32x4)));
 }
 
 inline int32_t sum_i32(__m256i sum_i32x8) {
@@ -145,11 +164,7 @@ float quantize(const float* x, size_t n, int8_t* q, int32_t* q_sum) {
     if (rest)
         absmax_f32x8 =
             _mm256_max_ps(_mm256_and_ps(load_part(x + whole, rest), magnitude_bits), absmax_f32x8);
-    __m128 absmax_f32x4 =
-        _mm_max_ps(_mm256_castps256_ps128(absmax_f32x8), _mm256_extractf128_ps(absmax_f32x8, 1));
-    absmax_f32x4 = _mm_max_ps(absmax_f32x4, _mm_movehl_ps(absmax_f32x4, absmax_f32x4));
-    absmax_f32x4 = _mm_max_ss(absmax_f32x4, _mm_movehdup_ps(absmax_f32x4));
-    const float absmax = _mm_cvtss_f32(absmax_f32x4);
+    const float absmax = highest_lane(absmax_f32x8);
     const float a = 127.0f / (absmax > 1e-5f ? absmax : 1e-5f);
 
     const __m256 a_f32x8 = _mm256_set1_ps(a);
@@ -171,136 +186,25 @@ float quantize(const float* x, size_t n, int8_t* q, int32_t* q_sum) {
     return a;
 }
 
-// Ternary products
-// ----------------
-// _mm256_maddubs_epi16 multiplies code + 1 (0 .. 2, unsigned) with q (-128 .. 127, signed) and adds
-// neighbours: between 2 * 2 * -128 = -512 and 2 * 2 * 127 = 508. A block of 64 bytes takes 8 of
-// them for each int16 lane, so MAX_BLOCKS = 8 blocks, 64 of them, stay within -32768 .. 32512: no
-// int16 sum overflows, and each group of 8 blocks is then widened to int32.
-constexpr size_t MAX_BLOCKS = 8;
-
-struct Codes {
-    __m256i u8x32[4];  // elements b, b + 64, b + 128, b + 192 of the bytes b
-};
-
-inline Codes unpack(const uint8_t* packed) {
-    const __m256i bytes_u8x32 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    const __m256i low_bits = _mm256_set1_epi8(3);
-    return {{_mm256_and_si256(bytes_u8x32, low_bits),
-             _mm256_and_si256(_mm256_srli_epi16(bytes_u8x32, 2), low_bits),
-             _mm256_and_si256(_mm256_srli_epi16(bytes_u8x32, 4), low_bits),
-             _mm256_and_si256(_mm256_srli_epi16(bytes_u8x32, 6), low_bits)}};
-}
-
-inline __m256i load_i8x32(const int8_t* at) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-}
-
-// With one token the tile is bound by memory, and rows are too short for the hardware to foresee
-// four of them: asking for the bytes so far ahead made a Zen 3 core read 1.5 times as fast.
-constexpr uintptr_t PREFETCH_BYTES = 4096;
-
-inline void prefetch(const uint8_t* at) {
-    const uintptr_t ahead =
-        reinterpret_cast<uintptr_t>(at) + PREFETCH_BYTES;  // may lie behind the weights
-    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-}
-
-// Keeps the compiler from reordering the additions of a tile: it would hold all products at once
-// and run out of registers.
-inline void settle(__m256i& sum) {
-#if defined(__GNUC__)
-    __asm__("" : "+x"(sum));
-#endif
-}
-
-// sum_i32x8 plus neighbours of sum_i16x16.
-inline __m256i widen_add(__m256i sum_i32x8, __m256i sum_i16x16) {
-    return _mm256_add_epi32(sum_i32x8, _mm256_madd_epi16(sum_i16x16, _mm256_set1_epi16(1)));
-}
-
-// ROWS rows by TOKENS tokens: each block is unpacked once for all tokens, each piece of q read once
-// for all rows as long as the registers suffice.
-template <size_t ROWS, size_t TOKENS>
-inline void ternary_tile(const uint8_t* packed, size_t row_bytes, size_t blocks, const int8_t* q,
-                         size_t q_stride, const int32_t* q_sums, int32_t* acc, size_t acc_stride) {
-    __m256i sum_i32x8[ROWS][TOKENS];
-    for (size_t r = 0; r < ROWS; ++r)
-        for (size_t t = 0; t < TOKENS; ++t) sum_i32x8[r][t] = _mm256_setzero_si256();
-    for (size_t first = 0; first < blocks; first += MAX_BLOCKS) {
-        const size_t last = first + MAX_BLOCKS < blocks ? first + MAX_BLOCKS : blocks;
-        __m256i sum_i16x16[ROWS][TOKENS];
-        for (size_t r = 0; r < ROWS; ++r)
-            for (size_t t = 0; t < TOKENS; ++t) sum_i16x16[r][t] = _mm256_setzero_si256();
-        for (size_t block = first; block < last; ++block) {
-            for (size_t half = 0; half < TERNARY_BLOCK_BYTES; half += 32) {
-                for (size_t r = 0; r < ROWS; ++r) {
-                    const uint8_t* bytes =
-                        packed + r * row_bytes + block * TERNARY_BLOCK_BYTES + half;
-                    if (TOKENS == 1 && half == 0) prefetch(bytes);
-                    const Codes codes = unpack(bytes);
-                    for (size_t part = 0; part < 4; ++part) {
-                        const int8_t* q_part = q + block * TERNARY_BLOCK + part * 64 + half;
-                        for (size_t t = 0; t < TOKENS; ++t) {
-                            const __m256i products_i16x16 = _mm256_maddubs_epi16(
-                                codes.u8x32[part], load_i8x32(q_part + t * q_stride));
-                            sum_i16x16[r][t] = _mm256_add_epi16(sum_i16x16[r][t], products_i16x16);
-                            settle(sum_i16x16[r][t]);
-                        }
-                    }
-                }
-            }
-        }
-        for (size_t r = 0; r < ROWS; ++r)
-            for (size_t t = 0; t < TOKENS; ++t)
-                sum_i32x8[r][t] = widen_add(sum_i32x8[r][t], sum_i16x16[r][t]);
+// Calls use.operator()<Stored>() for the way in which values of a type are stored.
+template <class Use>
+inline void with_stored(ValueType type, Use use) {
+    switch (type) {
+        case ValueType::F32:
+            return use.template operator()<StoredF32>();
+        case ValueType::BF16:
+            return use.template operator()<StoredBF16>();
+        case ValueType::F16:
+            return use.template operator()<StoredF16>();
+        case ValueType::I8:
+            return use.template operator()<StoredI8>();
     }
-    for (size_t r = 0; r < ROWS; ++r)
-        for (size_t t = 0; t < TOKENS; ++t)
-            acc[t * acc_stride + r] = sum_i32(sum_i32x8[r][t]) - q_sums[t];
 }
 
-void ternary_matvec(const uint8_t* packed, size_t rows, size_t k, const int8_t* q, int32_t q_sum,
-                    int32_t* acc) {
-    const size_t row_bytes = ternary_row_bytes(k), blocks = ternary_blocks(k);
-    size_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-        ternary_tile<4, 1>(packed + r * row_bytes, row_bytes, blocks, q, 0, &q_sum, acc + r, 0);
-    for (; r < rows; ++r)
-        ternary_tile<1, 1>(packed + r * row_bytes, row_bytes, blocks, q, 0, &q_sum, acc + r, 0);
-}
-
-// One tile of tokens over all rows: its activations stay in the cache while the weights pass by.
-template <size_t TOKENS>
-void ternary_rows(const uint8_t* packed, size_t rows, size_t k, const int8_t* q,
-                  const int32_t* q_sums, int32_t* acc, size_t acc_stride) {
-    const size_t row_bytes = ternary_row_bytes(k);
-    for (size_t r = 0; r < rows; ++r)
-        ternary_tile<1, TOKENS>(packed + r * row_bytes, row_bytes, ternary_blocks(k), q,
-                                padded_columns(k), q_sums, acc + r, acc_stride);
-}
-
-void ternary_matmul(const uint8_t* packed, size_t rows, size_t k, const int8_t* q,
-                    const int32_t* q_sums, size_t tokens, int32_t* acc, size_t acc_stride) {
-    const size_t q_stride = padded_columns(k);
-    size_t t = 0;
-    for (; t + 8 <= tokens; t += 8)
-        ternary_rows<8>(packed, rows, k, q + t * q_stride, q_sums + t, acc + t * acc_stride,
-                        acc_stride);
-    for (; t + 4 <= tokens; t += 4)
-        ternary_rows<4>(packed, rows, k, q + t * q_stride, q_sums + t, acc + t * acc_stride,
-                        acc_stride);
-    for (; t + 2 <= tokens; t += 2)
-        ternary_rows<2>(packed, rows, k, q + t * q_stride, q_sums + t, acc + t * acc_stride,
-                        acc_stride);
-    for (; t < tokens; ++t)
-        ternary_matvec(packed, rows, k, q + t * q_stride, q_sums[t], acc + t * acc_stride);
-}
-
-// out[r] = lane_sum(w[r] * x) * scale for ROWS rows, so that additions of one row hide the latency
-// of others.
+// out[r] = lane_sum(w[r] * x) for ROWS rows, so that additions of one row hide the latency of
+// others.
 template <class Stored, size_t ROWS>
-inline void dot_tile(const char* w, size_t n, const float* x, float scale, float* out) {
+inline void dot_tile(const char* w, size_t n, const float* x, float* out) {
     const size_t row_bytes = n * Stored::BYTES, whole = n - n % LANES, rest = n - whole;
     __m256 low_f32x8[ROWS], high_f32x8[ROWS];
     for (size_t r = 0; r < ROWS; ++r) low_f32x8[r] = high_f32x8[r] = _mm256_setzero_ps();
@@ -323,77 +227,119 @@ inline void dot_tile(const char* w, size_t n, const float* x, float scale, float
             sum_f32x8 = _mm256_add_ps(sum_f32x8, _mm256_mul_ps(w_part, x_part));
         }
     }
-    for (size_t r = 0; r < ROWS; ++r) out[r] = sum_lanes(low_f32x8[r], high_f32x8[r]) * scale;
+    for (size_t r = 0; r < ROWS; ++r) out[r] = sum_lanes(low_f32x8[r], high_f32x8[r]);
 }
 
-template <class Stored>
-void dot_rows(const void* w, size_t rows, size_t n, const float* x, float scale, float* out) {
-    const char* bytes = static_cast<const char*>(w);
-    const size_t row_bytes = n * Stored::BYTES;
-    size_t r = 0;
-    for (; r + 4 <= rows; r += 4) dot_tile<Stored, 4>(bytes + r * row_bytes, n, x, scale, out + r);
-    for (; r < rows; ++r) dot_tile<Stored, 1>(bytes + r * row_bytes, n, x, scale, out + r);
-}
-
-void attention_scores(const float* q, const void* k, FloatType type, size_t count, size_t n,
-                      float scale, float* out) {
-    switch (type) {
-        case FloatType::F32:
-            return dot_rows<StoredF32>(k, count, n, q, scale, out);
-        case FloatType::BF16:
-            return dot_rows<StoredBF16>(k, count, n, q, scale, out);
-        case FloatType::F16:
-            return dot_rows<StoredF16>(k, count, n, q, scale, out);
-    }
-}
-
-void dense_matvec(const void* w, FloatType type, size_t rows, size_t n, const float* x,
+void dense_matvec(const void* w, ValueType type, size_t rows, size_t n, const float* x,
                   float* out) {
-    attention_scores(x, w, type, rows, n, 1.0f, out);  // a factor of 1 changes no bit
+    with_stored(type, [&]<class Stored>() {
+        const char* bytes = static_cast<const char*>(w);
+        const size_t row_bytes = n * Stored::BYTES;
+        size_t r = 0;
+        for (; r + 4 <= rows; r += 4) dot_tile<Stored, 4>(bytes + r * row_bytes, n, x, out + r);
+        for (; r < rows; ++r) dot_tile<Stored, 1>(bytes + r * row_bytes, n, x, out + r);
+    });
 }
 
-// Columns first .. first + 8 * REGISTERS of the sum stay in registers while the rows pass by.
-template <class Stored, size_t REGISTERS>
-inline void sum_columns(const float* p, const char* v, size_t count, size_t n, size_t first,
-                        float* out) {
-    __m256 sum_f32x8[REGISTERS];
-    for (size_t c = 0; c < REGISTERS; ++c) sum_f32x8[c] = _mm256_setzero_ps();
-    for (size_t j = 0; j < count; ++j) {
-        const __m256 p_f32x8 = _mm256_set1_ps(p[j]);
-        const char* at = v + (j * n + first) * Stored::BYTES;
+// Both products of attention: sums over t in order of a[q][t] * b[t][column], for QUERIES rows of a
+// and REGISTERS * 8 columns of b, or the first `count` < 8 of one register.
+template <class Stored, size_t QUERIES, size_t REGISTERS, bool PART = false>
+inline void product_tile(const float* a, size_t a_stride, size_t begin, size_t end, const char* b,
+                         size_t b_stride, __m256 (&sums)[QUERIES][REGISTERS], size_t count = 0) {
+    for (size_t q = 0; q < QUERIES; ++q)
+        for (size_t c = 0; c < REGISTERS; ++c) sums[q][c] = _mm256_setzero_ps();
+    for (size_t t = begin; t < end; ++t) {
+        __m256 b_f32x8[REGISTERS];
         for (size_t c = 0; c < REGISTERS; ++c) {
-            const __m256 v_f32x8 = Stored::load(at + c * WIDTH * Stored::BYTES);
-            sum_f32x8[c] = _mm256_add_ps(sum_f32x8[c], _mm256_mul_ps(p_f32x8, v_f32x8));
+            const char* at = b + t * b_stride + c * WIDTH * Stored::BYTES;
+            b_f32x8[c] = PART ? Stored::load_part(at, count) : Stored::load(at);
+        }
+        for (size_t q = 0; q < QUERIES; ++q) {
+            const __m256 a_f32x8 = _mm256_set1_ps(a[q * a_stride + t]);
+            for (size_t c = 0; c < REGISTERS; ++c)
+                sums[q][c] = _mm256_add_ps(sums[q][c], _mm256_mul_ps(a_f32x8, b_f32x8[c]));
         }
     }
-    for (size_t c = 0; c < REGISTERS; ++c) _mm256_storeu_ps(out + first + c * WIDTH, sum_f32x8[c]);
 }
 
-template <class Stored>
-void sum_rows(const float* p, const void* rows, size_t count, size_t n, float* out) {
-    const char* v = static_cast<const char*>(rows);
+// Calls tile.operator()<Q>(first query) for tiles of Q = 4 queries, and of 1 for those left over.
+template <class Tile>
+inline void in_tiles(size_t queries, Tile tile) {
     size_t i = 0;
-    for (; i + 4 * WIDTH <= n; i += 4 * WIDTH) sum_columns<Stored, 4>(p, v, count, n, i, out);
-    for (; i + WIDTH <= n; i += WIDTH) sum_columns<Stored, 1>(p, v, count, n, i, out);
-    if (i == n) return;
-    __m256 sum_f32x8 = _mm256_setzero_ps();
-    for (size_t j = 0; j < count; ++j) {
-        const __m256 v_f32x8 = Stored::load_part(v + (j * n + i) * Stored::BYTES, n - i);
-        sum_f32x8 = _mm256_add_ps(sum_f32x8, _mm256_mul_ps(_mm256_set1_ps(p[j]), v_f32x8));
-    }
-    store_part(out + i, n - i, sum_f32x8);
+    for (; i + 4 <= queries; i += 4) tile.template operator()<4>(i);
+    for (; i < queries; ++i) tile.template operator()<1>(i);
 }
 
-void weighted_sum(const float* p, const void* v, FloatType type, size_t count, size_t n,
-                  float* out) {
-    switch (type) {
-        case FloatType::F32:
-            return sum_rows<StoredF32>(p, v, count, n, out);
-        case FloatType::BF16:
-            return sum_rows<StoredBF16>(p, v, count, n, out);
-        case FloatType::F16:
-            return sum_rows<StoredF16>(p, v, count, n, out);
-    }
+void attention_scores(const float* q, size_t queries, const void* keys, ValueType type, size_t n,
+                      float scale, float* out) {
+    const __m256 scale_f32x8 = _mm256_set1_ps(scale);
+    with_stored(type, [&]<class Stored>() {
+        in_tiles(queries, [&]<size_t QUERIES>(size_t first) {
+            for (size_t place = 0; place < KV_BLOCK_SIZE; place += 2 * WIDTH) {
+                const char* at = static_cast<const char*>(keys) + place * Stored::BYTES;
+                __m256 sums[QUERIES][2];
+                product_tile<Stored>(q + first * n, n, 0, n, at, KV_BLOCK_SIZE * Stored::BYTES,
+                                     sums);
+                for (size_t i = 0; i < QUERIES; ++i)
+                    for (size_t c = 0; c < 2; ++c)
+                        _mm256_storeu_ps(out + (first + i) * KV_BLOCK_SIZE + place + c * WIDTH,
+                                         _mm256_mul_ps(sums[i][c], scale_f32x8));
+            }
+        });
+    });
+}
+
+// old * keep + sum * join.
+inline __m256 merge(__m256 old, float keep, __m256 sum, float join) {
+    return _mm256_add_ps(_mm256_mul_ps(old, _mm256_set1_ps(keep)),
+                         _mm256_mul_ps(sum, _mm256_set1_ps(join)));
+}
+
+void weighted_values(const float* w, size_t queries, const void* values, ValueType type,
+                     size_t begin, size_t end, size_t n, const float* keep, const float* join,
+                     float* out) {
+    with_stored(type, [&]<class Stored>() {
+        in_tiles(queries, [&]<size_t QUERIES>(size_t first) {
+            const float* weights = w + first * KV_BLOCK_SIZE;
+            const char* rows = static_cast<const char*>(values);
+            const auto columns = [&]<size_t REGISTERS>(size_t d) {
+                __m256 sums[QUERIES][REGISTERS];
+                product_tile<Stored>(weights, KV_BLOCK_SIZE, begin, end, rows + d * Stored::BYTES,
+                                     n * Stored::BYTES, sums);
+                for (size_t i = 0; i < QUERIES; ++i) {
+                    for (size_t c = 0; c < REGISTERS; ++c) {
+                        float* at = out + (first + i) * n + d + c * WIDTH;
+                        _mm256_storeu_ps(at, merge(_mm256_loadu_ps(at), keep[first + i], sums[i][c],
+                                                   join[first + i]));
+                    }
+                }
+            };
+            size_t d = 0;
+            for (; d + 2 * WIDTH <= n; d += 2 * WIDTH) columns.template operator()<2>(d);
+            for (; d + WIDTH <= n; d += WIDTH) columns.template operator()<1>(d);
+            if (d == n) return;
+            __m256 sums[QUERIES][1];
+            product_tile<Stored, QUERIES, 1, true>(weights, KV_BLOCK_SIZE, begin, end,
+                                                   rows + d * Stored::BYTES, n * Stored::BYTES,
+                                                   sums, n - d);
+            for (size_t i = 0; i < QUERIES; ++i) {
+                float* at = out + (first + i) * n + d;
+                store_part(
+                    at, n - d,
+                    merge(load_part(at, n - d), keep[first + i], sums[i][0], join[first + i]));
+            }
+        });
+    });
+}
+
+void widen(const void* values, ValueType type, size_t n, float* out) {
+    with_stored(type, [&]<class Stored>() {
+        const char* at = static_cast<const char*>(values);
+        size_t i = 0;
+        for (; i + WIDTH <= n; i += WIDTH)
+            _mm256_storeu_ps(out + i, Stored::load(at + i * Stored::BYTES));
+        if (i < n) store_part(out + i, n - i, Stored::load_part(at + i * Stored::BYTES, n - i));
+    });
 }
 
 // exp_f32 of numerics.h. min and max have the constant first, so that a NaN passes through.
@@ -423,6 +369,32 @@ void exp_shifted(float* x, size_t n, float shift) {
         _mm256_storeu_ps(x + i, exp_f32x8(_mm256_sub_ps(_mm256_loadu_ps(x + i), shift_f32x8)));
     if (i < n)
         store_part(x + i, n - i, exp_f32x8(_mm256_sub_ps(load_part(x + i, n - i), shift_f32x8)));
+}
+
+float block_weights(float* w, size_t begin, size_t end, float* total) {
+    constexpr size_t REGISTERS = KV_BLOCK_SIZE / WIDTH;
+    const __m256i begin_i32x8 = _mm256_set1_epi32(static_cast<int>(begin));
+    const __m256i end_i32x8 = _mm256_set1_epi32(static_cast<int>(end));
+    const __m256 lowest = _mm256_set1_ps(-__builtin_inff());
+    __m256 scores[REGISTERS], inside[REGISTERS], highest_f32x8 = lowest;
+    for (size_t c = 0; c < REGISTERS; ++c) {
+        const __m256i place_i32x8 = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(c * WIDTH)),
+                                                     _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        inside[c] =
+            _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(begin_i32x8, place_i32x8),
+                                                    _mm256_cmpgt_epi32(end_i32x8, place_i32x8)));
+        scores[c] = _mm256_loadu_ps(w + c * WIDTH);
+        highest_f32x8 =
+            _mm256_max_ps(highest_f32x8, _mm256_blendv_ps(lowest, scores[c], inside[c]));
+    }
+    const float highest = highest_lane(highest_f32x8);
+    for (size_t c = 0; c < REGISTERS; ++c) {
+        const __m256 power = exp_f32x8(_mm256_sub_ps(scores[c], _mm256_set1_ps(highest)));
+        scores[c] = _mm256_and_ps(power, inside[c]);
+        _mm256_storeu_ps(w + c * WIDTH, scores[c]);
+    }
+    *total = sum_lanes(_mm256_add_ps(scores[0], scores[2]), _mm256_add_ps(scores[1], scores[3]));
+    return highest;
 }
 
 struct Relu2 {
@@ -500,13 +472,14 @@ void add(float* x, const float* y, size_t n) {
 
 const Kernels avx2_kernels = {
     .name = "avx2",
+    .integer = &avx2_integer_kernels,
     .rms_norm = rms_norm,
     .quantize = quantize,
-    .ternary_matvec = ternary_matvec,
-    .ternary_matmul = ternary_matmul,
     .dense_matvec = dense_matvec,
     .attention_scores = attention_scores,
-    .weighted_sum = weighted_sum,
+    .block_weights = block_weights,
+    .weighted_values = weighted_values,
+    .widen = widen,
     .exp_shifted = exp_shifted,
     .gated = gated,
     .rescale = rescale,

@@ -2,8 +2,8 @@
 //
 // Every function gives the same bits on every instruction set: integers are exact, float reductions
 // run in LANES lanes (lane j adds elements j, j + LANES, ... in order; then the upper half of the
-// lanes is added to the lower half, 16 -> 8 -> 4 -> 2 -> 1), elementwise float code uses IEEE
-// operations in the written order and no fused multiply-add.
+// lanes is added to the lower half, 16 -> 8 -> 4 -> 2 -> 1) or "in order", one after another from
+// 0; elementwise float code uses IEEE operations in the written order and no fused multiply-add.
 // src/bitllm/backends/reference/numerics.py is the normative text. No allocation, no threads, no
 // Python in here. Pointers need no alignment unless a comment says so.
 #pragma once
@@ -15,24 +15,86 @@ namespace bitllm {
 
 inline constexpr size_t LANES = 16;
 
-// Packed ternary rows, one layout for all instruction sets: K is padded to whole blocks of 256
-// weights = 64 bytes; byte b of a block holds elements b, b + 64, b + 128, b + 192 at bits 0, 2, 4,
-// 6, as code + 1. Padding weights are 1 (zero). Quantised activations are padded with 0 to the same
-// length.
-inline constexpr size_t TERNARY_BLOCK = 256;
-inline constexpr size_t TERNARY_BLOCK_BYTES = 64;
+// How ternary rows are packed; one layout of each for all instruction sets. A row is whole blocks
+// of 64 bytes: byte b of a block holds elements b, b + 64, b + 128, ... of the block as code + 1.
+//   TWO_BIT: 256 weights a block; element b + 64 p is bits 2 p of the byte.
+//   BASE3: 320 weights a block; with digits d0 (element b) .. d4 (element b + 256), the byte is
+//     v = 81 d0 + 27 d1 + 9 d2 + 3 d3 + d4 written as a fraction, ceil(256 v / 243): the digits
+//     come out in order as what is carried beyond 8 bits when the byte is tripled again and again.
+// Padding weights are zeros (1), so that a row of any length can be multiplied in whole blocks.
+enum class Packing : uint8_t { TWO_BIT = 0, BASE3 = 1 };
+inline constexpr size_t PACKING_COUNT = 2;
+inline constexpr size_t BLOCK_BYTES = 64;
 
-inline constexpr size_t ternary_blocks(size_t k) { return (k + TERNARY_BLOCK - 1) / TERNARY_BLOCK; }
-inline constexpr size_t ternary_row_bytes(size_t k) {
-    return ternary_blocks(k) * TERNARY_BLOCK_BYTES;
+inline constexpr size_t block_weights(Packing packing) {
+    return packing == Packing::TWO_BIT ? 4 * BLOCK_BYTES : 5 * BLOCK_BYTES;
 }
-inline constexpr size_t padded_columns(size_t k) { return ternary_blocks(k) * TERNARY_BLOCK; }
+inline constexpr size_t row_blocks(Packing packing, size_t k) {
+    return (k + block_weights(packing) - 1) / block_weights(packing);
+}
+inline constexpr size_t packed_row_bytes(Packing packing, size_t k) {
+    return row_blocks(packing, k) * BLOCK_BYTES;
+}
 
-enum class FloatType : uint8_t { F32 = 0, BF16 = 1, F16 = 2 };
+// Quantised activations and unpacked codes are padded, with 0 and 1, to whole blocks of every
+// packing.
+inline constexpr size_t padded_columns(size_t k) {
+    const size_t two_bit = row_blocks(Packing::TWO_BIT, k) * block_weights(Packing::TWO_BIT);
+    const size_t base3 = row_blocks(Packing::BASE3, k) * block_weights(Packing::BASE3);
+    return two_bit > base3 ? two_bit : base3;
+}
+
+// A dense matrix in 4 bits, for screening (head_screen.h). 16 rows lie together, in groups of 64
+// columns: 8 steps of 64 bytes, then 16 scales in bf16. Step s holds columns 8 s .. 8 s + 7; byte
+// 4 r + j of it belongs to row r, its low half to column 8 s + j, its high half to column
+// 8 s + 4 + j, each as code + 8 with a code in -7 .. 7. Rows and columns are padded with code 0.
+inline constexpr size_t SCREEN_ROWS = 16;
+inline constexpr size_t SCREEN_GROUP = 64;
+inline constexpr size_t SCREEN_GROUP_BYTES = SCREEN_ROWS * (SCREEN_GROUP / 2 + 2);
+
+enum class ValueType : uint8_t { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
+inline constexpr size_t VALUE_BYTES[] = {4, 2, 2, 1};
 enum class Activation : uint8_t { RELU2 = 0, SILU = 1, GELU_TANH = 2 };
+
+// Positions of a block of keys and values.
+inline constexpr size_t KV_BLOCK_SIZE = 32;
+
+// Products of ternary rows that are packed in one way.
+struct PackedKernels {
+    // acc[r] = sum over i < k of (code - 1) * q[i], for `rows` rows of packed_row_bytes(., k)
+    // bytes: int32, exact for k <= 2^24 / 127. q: padded_columns(k) values; q_sum: their sum.
+    void (*matvec)(const uint8_t* packed, size_t rows, size_t k, const int8_t* q, int32_t q_sum,
+                   int32_t* acc);
+
+    // codes[r * padded_columns(k) + i] = code + 1 of each row, 0 .. 2; behind the last block of the
+    // packing it writes 1.
+    void (*unpack)(const uint8_t* packed, size_t rows, size_t k, uint8_t* codes);
+};
+
+// Everything that multiplies integers.
+struct IntegerKernels {
+    PackedKernels packed[PACKING_COUNT];
+
+    // acc[t * acc_stride + r] = (sum over i < k of codes[r * codes_stride + i] * q[t * q_stride +
+    // i]) - q_sums[t], for codes 0 .. 2 and a k that is a multiple of 32: int32, exact for k <=
+    // 2^24 / 127.
+    void (*codes_matmul)(const uint8_t* codes, size_t codes_stride, size_t rows, size_t k,
+                         const int8_t* q, size_t q_stride, const int32_t* q_sums, size_t tokens,
+                         int32_t* acc, size_t acc_stride);
+
+    // For each of `row_groups` * SCREEN_ROWS rows, with the scales s and codes c of its groups g:
+    //   approx[r] = sum over g in order of s[g] * float(D[g]),
+    //     D[g] = (256 * sum(u * high) + sum(u * low)) - offsets[g], u = c + 8, over columns of g;
+    //   spread[r] = sum over g in order of (s[g] * s[g]) * squares[g].
+    // high, low: groups * SCREEN_GROUP values. D is exact.
+    void (*screen_rows)(const uint8_t* screen, size_t row_groups, size_t groups, const int8_t* high,
+                        const int8_t* low, const int32_t* offsets, const float* squares,
+                        float* approx, float* spread);
+};
 
 struct Kernels {
     const char* name;
+    const IntegerKernels* integer;
 
     // y[i] = (x[i] * inv) * gain[i], inv = 1 / sqrt(lane_sum(x * x) / n + eps); y may be x.
     void (*rms_norm)(const float* x, const float* gain, size_t n, float eps, float* y);
@@ -41,29 +103,29 @@ struct Kernels {
     // 127); writes padded_columns(n) values, zeros behind n; *q_sum = sum of q. Returns a.
     float (*quantize)(const float* x, size_t n, int8_t* q, int32_t* q_sum);
 
-    // acc[r] = sum_k (packed[r][k] - 1) * q[k] for `rows` rows of ternary_row_bytes(k) bytes,
-    // int32, exact for k <= 2^24 / 127. q_sum is that of quantize.
-    void (*ternary_matvec)(const uint8_t* packed, size_t rows, size_t k, const int8_t* q,
-                           int32_t q_sum, int32_t* acc);
-
-    // The same for `tokens` activation vectors (q: tokens x padded_columns(k), q_sums: tokens):
-    // acc[t * acc_stride + r].
-    void (*ternary_matmul)(const uint8_t* packed, size_t rows, size_t k, const int8_t* q,
-                           const int32_t* q_sums, size_t tokens, int32_t* acc, size_t acc_stride);
-
     // out[r] = lane_sum(float(w[r][i]) * x[i]) for `rows` contiguous rows of n values of `type`.
-    void (*dense_matvec)(const void* w, FloatType type, size_t rows, size_t n, const float* x,
+    void (*dense_matvec)(const void* w, ValueType type, size_t rows, size_t n, const float* x,
                          float* out);
 
-    // out[j] = lane_sum(q * float(k[j])) * scale for j < count; row j of k starts j * n values
-    // behind k.
-    void (*attention_scores)(const float* q, const void* k, FloatType type, size_t count, size_t n,
-                             float scale, float* out);
+    // Scores of some queries against all KV_BLOCK_SIZE keys of a block, which is stored by
+    // dimension, keys[d][j]: out[i * KV_BLOCK_SIZE + j] = (sum over d in order of q[i * n + d] *
+    // float(keys[d][j])) * scale.
+    void (*attention_scores)(const float* q, size_t queries, const void* keys, ValueType type,
+                             size_t n, float scale, float* out);
 
-    // out[i] = ((0 + p[0] * v[0][i]) + p[1] * v[1][i]) + ... in order of j < count; rows of n
-    // values.
-    void (*weighted_sum)(const float* p, const void* v, FloatType type, size_t count, size_t n,
-                         float* out);
+    // From scores to the softmax weights of one block, in place: with h = max of w[begin .. end),
+    // w[j] = exp(w[j] - h) for begin <= j < end and 0 elsewhere; *total = lane_sum of all
+    // KV_BLOCK_SIZE weights. Returns h. 0 <= begin < end <= KV_BLOCK_SIZE; no score is NaN.
+    float (*block_weights)(float* w, size_t begin, size_t end, float* total);
+
+    // Merges a block into running sums: out[i * n + d] = out[i * n + d] * keep[i] + (sum over begin
+    // <= j < end in order of w[i * KV_BLOCK_SIZE + j] * float(values[j][d])) * join[i].
+    void (*weighted_values)(const float* w, size_t queries, const void* values, ValueType type,
+                            size_t begin, size_t end, size_t n, const float* keep,
+                            const float* join, float* out);
+
+    // out[i] = float(values[i]).
+    void (*widen)(const void* values, ValueType type, size_t n, float* out);
 
     // x[i] = exp(x[i] - shift), the exp of numerics.py; in place.
     void (*exp_shifted)(float* x, size_t n, float shift);
@@ -81,12 +143,14 @@ struct Kernels {
     void (*add)(float* x, const float* y, size_t n);
 };
 
-// The kernel sets this build contains, best first; each knows whether this CPU runs it
-// (dispatch.h).
+// The kernel sets this build contains; each knows whether this CPU runs it (dispatch.h).
 extern const Kernels scalar_kernels;
+extern const IntegerKernels scalar_integer_kernels;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels avx2_kernels;
+extern const IntegerKernels avx2_integer_kernels;
 extern const Kernels avx512vnni_kernels;
+extern const IntegerKernels avx512vnni_integer_kernels;
 #endif
 
 }  // namespace bitllm

@@ -41,34 +41,6 @@ float quantize(const float* x, size_t n, int8_t* q, int32_t* q_sum) {
     return a;
 }
 
-// Sum over a row of (code + 1) * q.
-int32_t ternary_row(const uint8_t* packed, size_t blocks, const int8_t* q) {
-    int32_t sum = 0;
-    for (size_t block = 0; block < blocks; ++block) {
-        for (size_t b = 0; b < TERNARY_BLOCK_BYTES; ++b) {
-            const int byte = packed[b];
-            sum += (byte & 3) * q[b] + (byte >> 2 & 3) * q[b + 64] + (byte >> 4 & 3) * q[b + 128] +
-                   (byte >> 6) * q[b + 192];
-        }
-        packed += TERNARY_BLOCK_BYTES;
-        q += TERNARY_BLOCK;
-    }
-    return sum;
-}
-
-void ternary_matvec(const uint8_t* packed, size_t rows, size_t k, const int8_t* q, int32_t q_sum,
-                    int32_t* acc) {
-    const size_t row_bytes = ternary_row_bytes(k);
-    for (size_t r = 0; r < rows; ++r)
-        acc[r] = ternary_row(packed + r * row_bytes, ternary_blocks(k), q) - q_sum;
-}
-
-void ternary_matmul(const uint8_t* packed, size_t rows, size_t k, const int8_t* q,
-                    const int32_t* q_sums, size_t tokens, int32_t* acc, size_t acc_stride) {
-    for (size_t t = 0; t < tokens; ++t)
-        ternary_matvec(packed, rows, k, q + t * padded_columns(k), q_sums[t], acc + t * acc_stride);
-}
-
 // How stored values are read; they need not be aligned.
 struct StoredF32 {
     static constexpr size_t BYTES = 4;
@@ -91,55 +63,84 @@ struct Stored16 {
 using StoredBF16 = Stored16<f32_from_bf16>;
 using StoredF16 = Stored16<f32_from_f16>;
 
-template <class Stored>
-void dot_rows(const void* w, size_t rows, size_t n, const float* x, float scale, float* out) {
-    const std::byte* at = static_cast<const std::byte*>(w);
-    for (size_t r = 0; r < rows; ++r) {
-        float lanes[LANES] = {};
-        for (size_t i = 0; i < n; i += LANES) {
-            const size_t width = std::min(LANES, n - i);
-            for (size_t lane = 0; lane < width; ++lane, at += Stored::BYTES)
-                lanes[lane] += Stored::load(at) * x[i + lane];
+struct StoredI8 {
+    static constexpr size_t BYTES = 1;
+    static float load(const std::byte* at) {
+        return static_cast<float>(std::to_integer<int8_t>(*at));
+    }
+};
+
+// Calls use.operator()<Stored>() for the way in which values of a type are stored.
+template <class Use>
+void with_stored(ValueType type, Use use) {
+    switch (type) {
+        case ValueType::F32:
+            return use.template operator()<StoredF32>();
+        case ValueType::BF16:
+            return use.template operator()<StoredBF16>();
+        case ValueType::F16:
+            return use.template operator()<StoredF16>();
+        case ValueType::I8:
+            return use.template operator()<StoredI8>();
+    }
+}
+
+void dense_matvec(const void* w, ValueType type, size_t rows, size_t n, const float* x,
+                  float* out) {
+    with_stored(type, [&]<class Stored>() {
+        const std::byte* at = static_cast<const std::byte*>(w);
+        for (size_t r = 0; r < rows; ++r) {
+            float lanes[LANES] = {};
+            for (size_t i = 0; i < n; ++i, at += Stored::BYTES)
+                lanes[i % LANES] += Stored::load(at) * x[i];
+            out[r] = lane_sum(lanes, LANES);
         }
-        out[r] = lane_sum(lanes, LANES) * scale;
-    }
+    });
 }
 
-void attention_scores(const float* q, const void* k, FloatType type, size_t count, size_t n,
+void attention_scores(const float* q, size_t queries, const void* keys, ValueType type, size_t n,
                       float scale, float* out) {
-    switch (type) {
-        case FloatType::F32:
-            return dot_rows<StoredF32>(k, count, n, q, scale, out);
-        case FloatType::BF16:
-            return dot_rows<StoredBF16>(k, count, n, q, scale, out);
-        case FloatType::F16:
-            return dot_rows<StoredF16>(k, count, n, q, scale, out);
-    }
+    with_stored(type, [&]<class Stored>() {
+        for (size_t i = 0; i < queries; ++i, q += n, out += KV_BLOCK_SIZE) {
+            const std::byte* at = static_cast<const std::byte*>(keys);
+            std::fill_n(out, KV_BLOCK_SIZE, 0.0f);
+            for (size_t d = 0; d < n; ++d)
+                for (size_t j = 0; j < KV_BLOCK_SIZE; ++j, at += Stored::BYTES)
+                    out[j] += q[d] * Stored::load(at);
+            for (size_t j = 0; j < KV_BLOCK_SIZE; ++j) out[j] = out[j] * scale;
+        }
+    });
 }
 
-void dense_matvec(const void* w, FloatType type, size_t rows, size_t n, const float* x,
-                  float* out) {
-    attention_scores(x, w, type, rows, n, 1.0f, out);  // a factor of 1 changes no bit
+float block_weights(float* w, size_t begin, size_t end, float* total) {
+    const float highest = *std::max_element(w + begin, w + end);
+    for (size_t j = 0; j < KV_BLOCK_SIZE; ++j)
+        w[j] = j < begin || j >= end ? 0.0f : exp_f32(w[j] - highest);
+    *total = lane_sum(w, KV_BLOCK_SIZE);
+    return highest;
 }
 
-template <class Stored>
-void sum_rows(const float* p, const void* v, size_t count, size_t n, float* out) {
-    const std::byte* at = static_cast<const std::byte*>(v);
-    std::fill(out, out + n, 0.0f);
-    for (size_t j = 0; j < count; ++j)
-        for (size_t i = 0; i < n; ++i, at += Stored::BYTES) out[i] += p[j] * Stored::load(at);
+void weighted_values(const float* w, size_t queries, const void* values, ValueType type,
+                     size_t begin, size_t end, size_t n, const float* keep, const float* join,
+                     float* out) {
+    with_stored(type, [&]<class Stored>() {
+        const std::byte* rows = static_cast<const std::byte*>(values);
+        for (size_t i = 0; i < queries; ++i, w += KV_BLOCK_SIZE, out += n) {
+            for (size_t d = 0; d < n; ++d) {
+                float sum = 0.0f;
+                for (size_t j = begin; j < end; ++j)
+                    sum += w[j] * Stored::load(rows + (j * n + d) * Stored::BYTES);
+                out[d] = out[d] * keep[i] + sum * join[i];
+            }
+        }
+    });
 }
 
-void weighted_sum(const float* p, const void* v, FloatType type, size_t count, size_t n,
-                  float* out) {
-    switch (type) {
-        case FloatType::F32:
-            return sum_rows<StoredF32>(p, v, count, n, out);
-        case FloatType::BF16:
-            return sum_rows<StoredBF16>(p, v, count, n, out);
-        case FloatType::F16:
-            return sum_rows<StoredF16>(p, v, count, n, out);
-    }
+void widen(const void* values, ValueType type, size_t n, float* out) {
+    with_stored(type, [&]<class Stored>() {
+        const std::byte* at = static_cast<const std::byte*>(values);
+        for (size_t i = 0; i < n; ++i, at += Stored::BYTES) out[i] = Stored::load(at);
+    });
 }
 
 void exp_shifted(float* x, size_t n, float shift) {
@@ -188,13 +189,14 @@ void add(float* x, const float* y, size_t n) {
 
 const Kernels scalar_kernels = {
     .name = "scalar",
+    .integer = &scalar_integer_kernels,
     .rms_norm = rms_norm,
     .quantize = quantize,
-    .ternary_matvec = ternary_matvec,
-    .ternary_matmul = ternary_matmul,
     .dense_matvec = dense_matvec,
     .attention_scores = attention_scores,
-    .weighted_sum = weighted_sum,
+    .block_weights = block_weights,
+    .weighted_values = weighted_values,
+    .widen = widen,
     .exp_shifted = exp_shifted,
     .gated = gated,
     .rescale = rescale,

@@ -67,18 +67,18 @@ class Random {
     }
 
     // Finite values of a stored type, as bytes.
-    std::vector<std::byte> stored(FloatType type, size_t count) {
-        std::vector<std::byte> bytes(count * (type == FloatType::F32 ? 4 : 2));
+    std::vector<std::byte> stored(ValueType type, size_t count) {
+        std::vector<std::byte> bytes(count * (type == ValueType::F32 ? 4 : 2));
         for (size_t i = 0; i < count; ++i) {
-            if (type == FloatType::F32) {
+            if (type == ValueType::F32) {
                 const float value = number();
                 std::memcpy(&bytes[4 * i], &value, 4);
                 continue;
             }
             // Any bits whose exponent is not all ones.
-            const uint16_t infinite = type == FloatType::BF16 ? 0x7f80 : 0x7c00;
+            const uint16_t infinite = type == ValueType::BF16 ? 0x7f80 : 0x7c00;
             uint16_t bits = static_cast<uint16_t>(engine_());
-            if (type == FloatType::BF16) bits = static_cast<uint16_t>((bits & 0x83ff) | 0x3c00);
+            if (type == ValueType::BF16) bits = static_cast<uint16_t>((bits & 0x83ff) | 0x3c00);
             if ((bits & infinite) == infinite) bits = static_cast<uint16_t>(bits & ~0x0400);
             std::memcpy(&bytes[2 * i], &bits, 2);
         }

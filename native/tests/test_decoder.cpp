@@ -84,7 +84,7 @@ struct Model {
     std::vector<uint16_t> embedding;
     std::unique_ptr<Decoder> decoder;
 
-    Model(const Kernels& kernels, int threads, FloatType kv_type = FloatType::BF16) {
+    Model(const Kernels& kernels, int threads, ValueType kv_type = ValueType::BF16) {
         Random random(11);
         decoder = std::make_unique<Decoder>(kernels, ModelConfig{VOCAB, HIDDEN, 1e-5f, 1.5f},
                                             RuntimeConfig{BLOCKS, kv_type, threads, MAX_TOKENS});
@@ -126,7 +126,7 @@ struct Model {
         for (uint16_t& value : embedding)
             value = bf16_from_f32(static_cast<float>(random.integer(-99, 99)) / 64.0f);
         const DenseMatrix matrix{reinterpret_cast<const std::byte*>(embedding.data()),
-                                 FloatType::BF16};
+                                 ValueType::BF16};
         decoder->set_embedding(matrix);
         decoder->set_head(matrix);
         decoder->prepare();
@@ -272,7 +272,7 @@ TEST(a_step_allocates_nothing) {
 
 TEST(kernels_threads_and_pieces_change_no_bit) {
     const auto ids = prompt(90);
-    for (const FloatType kv_type : {FloatType::BF16, FloatType::F32}) {
+    for (const ValueType kv_type : {ValueType::BF16, ValueType::F32}) {
         const Model plain(scalar_kernels, 1, kv_type);
         const auto expected = logits_of(*plain.decoder, ids, {});
         for (const float logit : expected) CHECK(std::isfinite(logit));
@@ -354,7 +354,7 @@ TEST(a_prepared_model_cannot_be_changed) {
 }
 
 TEST(an_incomplete_model_is_refused) {
-    Decoder decoder(scalar_kernels, {VOCAB, HIDDEN, 1e-5f, 1.0f}, {1, FloatType::BF16, 1, 1});
+    Decoder decoder(scalar_kernels, {VOCAB, HIDDEN, 1e-5f, 1.0f}, {1, ValueType::BF16, 1, 1});
     CHECK(throws<std::invalid_argument>([&] { decoder.prepare(); }));
     CHECK(throws<std::invalid_argument>([&] { decoder.set_final_norm(std::vector<float>(3)); }));
     CHECK(throws<std::invalid_argument>(

@@ -9,7 +9,7 @@ using namespace bitllm::testing;
 
 namespace {
 
-constexpr FloatType TYPES[] = {FloatType::F32, FloatType::BF16, FloatType::F16};
+constexpr ValueType TYPES[] = {ValueType::F32, ValueType::BF16, ValueType::F16};
 
 // Values behind the end of an output, which no kernel may touch.
 constexpr size_t GUARD = 40;
@@ -144,7 +144,7 @@ TEST(ternary_sums_do_not_overflow) {
 
 TEST(dense_products_are_the_same_everywhere) {
     Random random(16);
-    for (const FloatType type : TYPES) {
+    for (const ValueType type : TYPES) {
         for (const size_t n : LENGTHS) {
             for (const size_t rows : {1, 3, 4, 9}) {
                 // One byte off any alignment.
@@ -172,7 +172,7 @@ TEST(dense_products_are_the_same_everywhere) {
 
 TEST(every_half_and_bfloat16_value_is_read_alike) {
     const float one = 1.0f;
-    for (const FloatType type : {FloatType::BF16, FloatType::F16}) {
+    for (const ValueType type : {ValueType::BF16, ValueType::F16}) {
         std::vector<uint16_t> bits(0x10000);
         for (size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint16_t>(i);
         on_each([&](const Kernels& kernels, const std::string& label) {
@@ -189,7 +189,7 @@ TEST(every_half_and_bfloat16_value_is_read_alike) {
 
 TEST(weighted_sum_is_the_same_everywhere) {
     Random random(17);
-    for (const FloatType type : TYPES) {
+    for (const ValueType type : TYPES) {
         for (const size_t n : LENGTHS) {
             for (const size_t count : {1, 2, 31, 32}) {
                 if (n > 640 && count > 2) continue;

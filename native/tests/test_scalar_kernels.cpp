@@ -27,15 +27,15 @@ float naive_lane_sum(const std::vector<float>& values) {
 }
 
 // Value of stored bits by the definition of the format.
-float naive_value(FloatType type, const std::byte* at) {
-    if (type == FloatType::F32) {
+float naive_value(ValueType type, const std::byte* at) {
+    if (type == ValueType::F32) {
         float value;
         std::memcpy(&value, at, 4);
         return value;
     }
     uint16_t bits;
     std::memcpy(&bits, at, 2);
-    const int exponent_bits = type == FloatType::BF16 ? 8 : 5, fraction_bits = 15 - exponent_bits;
+    const int exponent_bits = type == ValueType::BF16 ? 8 : 5, fraction_bits = 15 - exponent_bits;
     const int fraction = bits & ((1 << fraction_bits) - 1);
     const int exponent = (bits & 0x7fff) >> fraction_bits, bias = (1 << (exponent_bits - 1)) - 1;
     const float sign = bits & 0x8000 ? -1.0f : 1.0f;
@@ -47,11 +47,11 @@ float naive_value(FloatType type, const std::byte* at) {
            static_cast<float>(std::ldexp(whole, std::max(exponent, 1) - bias - fraction_bits));
 }
 
-size_t size_of(FloatType type) { return type == FloatType::F32 ? 4 : 2; }
+size_t size_of(ValueType type) { return type == ValueType::F32 ? 4 : 2; }
 
-constexpr FloatType TYPES[] = {FloatType::F32, FloatType::BF16, FloatType::F16};
+constexpr ValueType TYPES[] = {ValueType::F32, ValueType::BF16, ValueType::F16};
 
-std::vector<float> values_of(FloatType type, const std::vector<std::byte>& bytes) {
+std::vector<float> values_of(ValueType type, const std::vector<std::byte>& bytes) {
     std::vector<float> values;
     for (size_t i = 0; i < bytes.size(); i += size_of(type))
         values.push_back(naive_value(type, &bytes[i]));
@@ -144,7 +144,7 @@ TEST(ternary_products_are_exact) {
 }
 
 TEST(every_half_and_bfloat16_value_is_read_exactly) {
-    for (const FloatType type : {FloatType::BF16, FloatType::F16}) {
+    for (const ValueType type : {ValueType::BF16, ValueType::F16}) {
         const float one = 1.0f;
         for (uint32_t bits = 0; bits < 0x10000; ++bits) {
             const uint16_t word = static_cast<uint16_t>(bits);
@@ -161,7 +161,7 @@ TEST(every_half_and_bfloat16_value_is_read_exactly) {
 TEST(dense_products_follow_their_formula) {
     Random random(4);
     constexpr size_t ROWS = 3;
-    for (const FloatType type : TYPES) {
+    for (const ValueType type : TYPES) {
         for (const size_t n : LENGTHS) {
             const std::vector<std::byte> w = random.stored(type, ROWS * n);
             const std::vector<float> values = values_of(type, w), x = random.numbers(n);
@@ -182,7 +182,7 @@ TEST(dense_products_follow_their_formula) {
 
 TEST(weighted_sum_adds_rows_in_order) {
     Random random(5);
-    for (const FloatType type : TYPES) {
+    for (const ValueType type : TYPES) {
         for (const size_t n : LENGTHS) {
             constexpr size_t COUNT = 5;
             const std::vector<std::byte> v = random.stored(type, COUNT * n);
