@@ -59,10 +59,13 @@ struct DenseMatrix {
 struct Linear {
     size_t out = 0;
     size_t in = 0;
-    Pages packed;               // out rows in the layout of kernels.h
-    std::vector<float> scales;  // 1 or `out`
-    std::vector<float> bias;    // [out]
-    std::vector<float> norm;    // [in]
+    Packing packing = Packing::TWO_BIT;
+    Pages packed;  // rows in the layout of kernels.h; only those that are not all zero
+    std::vector<uint32_t> kept;  // [out + 1]: rows kept before each row; empty = all of them
+    std::vector<float> scales;   // 1, `out`, or [out][groups]
+    size_t group = 0;            // columns that share a scale; 0 = all of a row
+    std::vector<float> bias;     // [out]
+    std::vector<float> norm;     // [in]
     float norm_eps = 0.0f;
 };
 

@@ -12,13 +12,30 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from bitllm.errors import ConfigError
 
-__all__ = ["EngineOptions", "KvDtype", "SamplingParams", "parse_size"]
+__all__ = [
+    "CHOICES",
+    "EngineOptions",
+    "HeadName",
+    "KvDtype",
+    "PackingName",
+    "SamplingParams",
+    "parse_size",
+]
 
-KvDtype = Literal["bf16", "fp32"]
+KvDtype = Literal["bf16", "fp32", "int8"]
+PackingName = Literal["auto", "2bit", "base3"]
+HeadName = Literal["auto", "full", "screened", "int8-screened", "int8"]
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "kv_dtype": get_args(KvDtype),
+    "packing": get_args(PackingName),
+    "head": get_args(HeadName),
+}
+"""The values of each option that takes one of a few words."""
 
 _MOST_THREADS = 1024
 # Numbers reach the decoder as float32: these are its largest and its smallest normal number.
@@ -156,7 +173,12 @@ class EngineOptions:
         device: "auto", or the name of a backend such as "cpu" or "reference".
         threads: worker threads; None = one for each physical core the process may use.
         isa: kernel set of the CPU backend by name; None = the best this machine runs.
-        kv_dtype: how keys and values are stored, "bf16" or "fp32".
+        kv_dtype: how keys and values are stored, "bf16", "fp32" or "int8".
+        packing: how the CPU backend holds ternary weights: "2bit", "base3" (1.6 bits), or "auto" =
+            the faster one on this machine.
+        head: how the CPU backend computes logits: "full", or a way that reads fewer bytes:
+            "screened" (the same tokens but for a stated probability), "int8-screened" (proven the
+            same), "int8" (approximate); "auto" = the fastest with a stated guarantee.
         context: most tokens of one sequence, prompt and output together; None = what the model
             was made for.
         kv_tokens: positions the KV cache holds over all sequences together, at least `context`;
@@ -170,6 +192,8 @@ class EngineOptions:
     threads: int | None = None
     isa: str | None = None
     kv_dtype: KvDtype = "bf16"
+    packing: PackingName = "auto"
+    head: HeadName = "auto"
     context: int | None = None
     kv_tokens: int | None = None
     max_batch_tokens: int = 512
@@ -180,8 +204,11 @@ class EngineOptions:
             raise ConfigError(f"device must be a name such as 'cpu', got {self.device!r}")
         if self.isa is not None and (not isinstance(self.isa, str) or not self.isa):
             raise ConfigError(f"isa must be a name such as 'avx2' or None, got {self.isa!r}")
-        if self.kv_dtype not in ("bf16", "fp32"):
-            raise ConfigError(f"kv_dtype must be 'bf16' or 'fp32', got {self.kv_dtype!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
         _integer(self, "threads", low=1, high=_MOST_THREADS, optional=True)
         for name in ("context", "kv_tokens", "memory_limit"):
             _integer(self, name, low=1, optional=True)

@@ -11,12 +11,13 @@ which run reads and writes which block is said by the block tables of each batch
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from bitllm.checkpoint import Checkpoint, ModelSpec
+from bitllm.config import CHOICES, HeadName, KvDtype, PackingName
 from bitllm.errors import ConfigError
 
 __all__ = [
@@ -36,8 +37,6 @@ KV_BLOCK_SIZE = 32
 """Token positions in a KV block. Attention merges its sums block by block, in order of position, so
 this is part of the numerics contract."""
 
-KvDtype = Literal["bf16", "fp32"]
-
 I32 = npt.NDArray[np.int32]
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
@@ -56,6 +55,13 @@ class LoadOptions:
         threads: worker threads, None = one for each physical core the process may use.
         isa: kernel set by name ("scalar", "avx2", "avx512vnni"), None = the best one this
             machine runs.
+        packing: how ternary weights are held: "2bit" a weight, "base3" (1.6 bits), or "auto" = what
+            a table of measurements says for the kernel set, the threads and the model's size.
+        head: how logits are computed: "full" reads the head as it is stored; "screened" finds by 4
+            bits a weight which rows can matter and computes those alone, with the same tokens but
+            for a stated probability of failure; "int8-screened" likewise with 8 bits and a proof;
+            "int8" rounds the head, so that logits are approximate; "auto" = the fastest with a
+            stated guarantee.
         max_batch_tokens: most token rows a step may have; sizes the step's scratch memory.
     """
 
@@ -63,11 +69,16 @@ class LoadOptions:
     kv_dtype: KvDtype = "bf16"
     threads: int | None = None
     isa: str | None = None
+    packing: PackingName = "auto"
+    head: HeadName = "auto"
     max_batch_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if self.kv_dtype not in ("bf16", "fp32"):
-            raise ConfigError(f"kv_dtype must be 'bf16' or 'fp32', got {self.kv_dtype!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
         for name in ("kv_tokens", "threads", "max_batch_tokens"):
             value = getattr(self, name)
             if value is not None and (
@@ -239,6 +250,8 @@ class DecoderInfo:
         weight_bytes: bytes of weights resident for this decoder, mapped files included.
         kv_bytes: bytes of KV storage.
         scratch_bytes: bytes of step scratch.
+        packing: how ternary weights are held, "2bit" or "base3"; "" where a backend has one way.
+        head: how logits are computed, as in `LoadOptions`; "" where a backend has one way.
     """
 
     backend: str
@@ -247,6 +260,8 @@ class DecoderInfo:
     weight_bytes: int
     kv_bytes: int
     scratch_bytes: int
+    packing: str = ""
+    head: str = ""
 
 
 class Decoder(Protocol):

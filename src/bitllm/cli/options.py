@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from bitllm.config import CHOICES
+
 __all__ = [
     "chosen",
     "engine_options",
@@ -127,6 +129,21 @@ engine_options: Decorator[Any] = _together(
         metavar="N",
         type=click.IntRange(min=1),
         help="Tokens of prompt and answer together. Default: what the model was made for.",
+    ),
+    option(
+        "--kv-dtype",
+        type=click.Choice(CHOICES["kv_dtype"]),
+        help="How keys and values are stored. Default: bf16.",
+    ),
+    option(
+        "--packing",
+        type=click.Choice(CHOICES["packing"]),
+        help="How the cpu device holds weights. Default: auto, the faster one here.",
+    ),
+    option(
+        "--head",
+        type=click.Choice(CHOICES["head"]),
+        help="How the cpu device computes logits. Default: auto, the fastest that is exact.",
     ),
 )
 

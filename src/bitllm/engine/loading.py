@@ -11,7 +11,7 @@ from typing import TypedDict, Unpack
 from bitllm.backends import get_backend
 from bitllm.backends.base import LoadOptions
 from bitllm.checkpoint import Checkpoint, DenseTensor, TensorSource, TernaryMatrix
-from bitllm.config import EngineOptions, KvDtype, SamplingParams
+from bitllm.config import EngineOptions, HeadName, KvDtype, PackingName, SamplingParams
 from bitllm.engine.llm import LLM
 from bitllm.engine.memory_plan import plan_memory
 from bitllm.engine.request import ModelDefaults
@@ -39,6 +39,8 @@ class EngineKeywords(TypedDict, total=False):
     threads: int | None
     isa: str | None
     kv_dtype: KvDtype
+    packing: PackingName
+    head: HeadName
     context: int | None
     kv_tokens: int | None
     max_batch_tokens: int
@@ -87,6 +89,8 @@ def load(
             kv_dtype=settings.kv_dtype,
             threads=settings.threads,
             isa=settings.isa,
+            packing=settings.packing,
+            head=settings.head,
             max_batch_tokens=settings.max_batch_tokens,
         ),
     )

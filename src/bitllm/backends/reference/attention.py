@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from bitllm.backends.base import KV_BLOCK_SIZE, KvDtype
+from bitllm.backends.base import KV_BLOCK_SIZE
 from bitllm.backends.reference.numerics import exp_f32, lane_sum, sincos_f64
 from bitllm.checkpoint import LayerSpec, RopeSpec
+from bitllm.config import KvDtype
 
 __all__ = ["KvCache", "attend", "rotate"]
 
