@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINE_OPTIONS", "load_model", "print_status", "resident_bytes", "split_options"]
 
-ENGINE_OPTIONS = ("device", "threads", "context")
+ENGINE_OPTIONS = ("device", "threads", "context", "kv_dtype", "packing", "head")
 """The options of a command that say how a model is loaded; the others say how it answers."""
 
 
