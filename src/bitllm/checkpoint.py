@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +42,11 @@ __all__ = [
     "DenseTensor",
     "LayerSpec",
     "LinearSpec",
+    "MappedSource",
     "ModelSpec",
     "RopeSpec",
     "ScaleConvention",
+    "StridedMatrix",
     "TensorSource",
     "TernaryMatrix",
 ]
@@ -165,6 +167,25 @@ class TernaryMatrix:
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.packed.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class StridedMatrix:
+    """A ternary matrix [out, in] left as transformers writes it, for backends that convert it.
+
+    `stored` is uint8 [ceil(out / 4), in], as a rule a view of a mapped file: bits 2i of
+    stored[r, k] hold code + 1 of element (r + i * ceil(out / 4), k). Nobody has looked at them yet:
+    they may hold the code 3, which a backend must refuse. `scales` is float32 () and multiplies.
+    """
+
+    stored: npt.NDArray[np.uint8]
+    out_features: int
+    scales: npt.NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, int(self.stored.shape[1])
 
 
 _LARGEST_CONTEXT = 2**53
@@ -423,6 +444,17 @@ class TensorSource(Protocol):
         """Read and convert the ternary matrix called `name`, or None; nothing is cached."""
 
 
+@runtime_checkable
+class MappedSource(TensorSource, Protocol):
+    """A source over mapped files, some of whose matrices a backend may convert by itself."""
+
+    def strided(self, name: str) -> StridedMatrix | None:
+        """Return a view of the matrix called `name` if it is stored so, else None."""
+
+    def release(self) -> None:
+        """Drop from memory what was read of the files; it is read again where it is used again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model ready to be loaded by a backend: its architecture and its tensors, one at a time."""
@@ -454,10 +486,30 @@ class Checkpoint:
         matrix = self.source.ternary(name)
         if matrix is None:
             raise self._missing(name)
+        self._check_shape(name, matrix.shape, self._linear_shape(name))
+        return matrix
+
+    def strided(self, name: str) -> StridedMatrix | None:
+        """Return the ternary matrix called `name` as it is mapped, None if it has to be converted.
+
+        Raises:
+            TensorShapeError: its shape is not the one the architecture asks for.
+        """
+        source = self.source
+        matrix = source.strided(name) if isinstance(source, MappedSource) else None
+        if matrix is not None:
+            self._check_shape(name, matrix.shape, self._linear_shape(name))
+        return matrix
+
+    def release(self) -> None:
+        """Drop from memory what was read of mapped files; views of them stay valid."""
+        if isinstance(self.source, MappedSource):
+            self.source.release()
+
+    def _linear_shape(self, name: str) -> tuple[int, int]:
         _, index, linear = name.split(".")
         spec = self.spec.layers[int(index)].linear(linear)
-        self._check_shape(name, matrix.shape, (spec.out_features, spec.in_features))
-        return matrix
+        return spec.out_features, spec.in_features
 
     def _check_shape(
         self, name: str, shape: tuple[int, ...], wanted: tuple[int, ...] | None

@@ -47,6 +47,7 @@ class CpuDecoder:
         options: LoadOptions,
         kernel: str,
         threads: int,
+        packing: str,
         dense_bytes: int,
     ) -> None:
         self.spec = spec
@@ -60,6 +61,7 @@ class CpuDecoder:
             weight_bytes=native.weight_bytes + dense_bytes,
             kv_bytes=native.kv_bytes,
             scratch_bytes=native.scratch_bytes,
+            packing=packing,
         )
 
     @property
