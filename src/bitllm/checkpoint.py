@@ -25,9 +25,10 @@ A gain stored as (gain - 1) is turned into the plain gain by the reader.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -444,13 +445,22 @@ class TensorSource(Protocol):
         """Read and convert the ternary matrix called `name`, or None; nothing is cached."""
 
 
-@runtime_checkable
-class MappedSource(TensorSource, Protocol):
-    """A source over mapped files, some of whose matrices a backend may convert by itself."""
+class MappedSource(ABC):
+    """A `TensorSource` over mapped files, some of whose matrices a backend may convert itself."""
 
+    @abstractmethod
+    def dense(self, name: str) -> DenseTensor | None:
+        """Return the dense tensor called `name`, or None if the source has none."""
+
+    @abstractmethod
+    def ternary(self, name: str) -> TernaryMatrix | None:
+        """Read and convert the ternary matrix called `name`, or None; nothing is cached."""
+
+    @abstractmethod
     def strided(self, name: str) -> StridedMatrix | None:
         """Return a view of the matrix called `name` if it is stored so, else None."""
 
+    @abstractmethod
     def release(self) -> None:
         """Drop from memory what was read of the files; it is read again where it is used again."""
 

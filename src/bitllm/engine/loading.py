@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack
 
 from bitllm.backends import get_backend
 from bitllm.backends.base import LoadOptions
-from bitllm.checkpoint import Checkpoint, DenseTensor, StridedMatrix, TernaryMatrix
+from bitllm.checkpoint import Checkpoint, DenseTensor, MappedSource, StridedMatrix, TernaryMatrix
 from bitllm.config import EngineOptions, HeadName, KvDtype, PackingName, SamplingParams
 from bitllm.engine.llm import LLM
 from bitllm.engine.memory_plan import plan_memory
@@ -105,8 +105,8 @@ def load(
     )
 
 
-class _CountedSource:
-    """A `MappedSource` that tells how many ternary matrices have been read of a checkpoint."""
+class _CountedSource(MappedSource):
+    """A source that tells how many ternary matrices have been read of a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
         self._checkpoint = checkpoint

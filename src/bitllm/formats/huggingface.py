@@ -24,6 +24,7 @@ from bitllm.checkpoint import (
     Checkpoint,
     DenseTensor,
     LinearSpec,
+    MappedSource,
     ModelSpec,
     StridedMatrix,
     TernaryMatrix,
@@ -160,8 +161,8 @@ class _Projection:
     has_scale: bool
 
 
-class _HuggingFaceSource:
-    """A `TensorSource` over mapped safetensors files."""
+class _HuggingFaceSource(MappedSource):
+    """A source over mapped safetensors files."""
 
     def __init__(
         self,

@@ -26,7 +26,6 @@ from bitllm.errors import (
     FormatError,
     InsufficientMemoryError,
     QuantizationError,
-    TensorShapeError,
     UnsupportedModelError,
 )
 
@@ -151,8 +150,8 @@ def _refuse_too_large(
 def _load_tensors(native: _native.Decoder, checkpoint: Checkpoint) -> int:
     """Hand every tensor to the native decoder; returns the bytes of embedding and head."""
     spec = checkpoint.spec
-    embed = _dense(checkpoint, "embed")
-    head = embed if spec.tied_head else _dense(checkpoint, "head")
+    embed = checkpoint.dense("embed")
+    head = embed if spec.tied_head else checkpoint.dense("head")
     native.set_embedding(_bytes(embed), embed.dtype)
     native.set_head(_bytes(head), head.dtype)
     native.set_final_norm(_vector(checkpoint, "final_norm"))
@@ -249,7 +248,7 @@ def _bytes(tensor: DenseTensor) -> npt.NDArray[np.uint8]:
 
 
 def _vector(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
-    values = np.ascontiguousarray(_dense(checkpoint, name).to_float32())
+    values = np.ascontiguousarray(checkpoint.dense(name).to_float32())
     if not np.isfinite(values).all():
         # Rounding to int8 would make numbers of it again, and the text only nonsense.
         raise FormatError(
@@ -257,14 +256,3 @@ def _vector(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
             hint="the file is damaged; download it again",
         )
     return values
-
-
-def _dense(checkpoint: Checkpoint, name: str) -> DenseTensor:
-    tensor, shape = checkpoint.dense(name), checkpoint.spec.dense_shapes()[name]
-    if tensor.shape != shape:
-        raise TensorShapeError(
-            f"{checkpoint.origin}: {name} has the shape {tensor.shape}, "
-            f"the configuration says {shape}",
-            hint="check that config.json belongs to these weights",
-        )
-    return tensor
