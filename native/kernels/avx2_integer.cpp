@@ -137,31 +137,29 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
                                        approx, spread);
 }
 
-// One multiplication and addition. The sum is a factor of its own next product: a product of
-// constants would be computed only once.
-inline void step(__m256i& sum_i16x16) {
-    const __m256i codes_u8x32 = _mm256_set1_epi8(1);
-    sum_i16x16 = _mm256_add_epi16(sum_i16x16, _mm256_maddubs_epi16(codes_u8x32, sum_i16x16));
+// A multiplication and an addition. To the compiler q changes each time, so that no product can be
+// left out.
+inline void step(__m256i& sum_i16x16, __m256i codes_u8x32, __m256i& q_i8x32) {
+    settle(q_i8x32);
+    sum_i16x16 = _mm256_add_epi16(sum_i16x16, _mm256_maddubs_epi16(codes_u8x32, q_i8x32));
+    settle(sum_i16x16);
 }
 
-// Twelve sums, more than the latency of a step needs at two steps a cycle. No array: it would lie
-// in memory.
+// Eight sums in registers; an array of them would lie in memory.
 int64_t peak(size_t iterations) {
-    constexpr size_t SUMS = 12, STEPS = 3;
-    const auto start = [](int value) { return _mm256_set1_epi16(static_cast<int16_t>(value)); };
-    __m256i a = start(1), b = start(2), c = start(3), d = start(4), e = start(5), f = start(6);
-    __m256i g = start(7), h = start(8), i = start(9), j = start(10), k = start(11), l = start(12);
-    for (size_t n = 0; n < STEPS * iterations; ++n) {
-        step(a), step(b), step(c), step(d), step(e), step(f);
-        step(g), step(h), step(i), step(j), step(k), step(l);
+    constexpr size_t SUMS = 8, ROUNDS = 4;
+    const __m256i codes = _mm256_set1_epi8(1);
+    __m256i q = codes, a = codes, b = codes, c = codes, d = codes;
+    __m256i e = codes, f = codes, g = codes, h = codes;
+    for (size_t i = 0; i < ROUNDS * iterations; ++i) {
+        step(a, codes, q), step(b, codes, q), step(c, codes, q), step(d, codes, q);
+        step(e, codes, q), step(f, codes, q), step(g, codes, q), step(h, codes, q);
     }
-    const __m256i all = _mm256_xor_si256(
-        _mm256_xor_si256(_mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(c, d)),
-                         _mm256_xor_si256(_mm256_xor_si256(e, f), _mm256_xor_si256(g, h))),
-        _mm256_xor_si256(_mm256_xor_si256(i, j), _mm256_xor_si256(k, l)));
-    volatile int32_t sink = sum_i32(all);  // has to be computed
+    const __m256i low = _mm256_add_epi16(_mm256_add_epi16(a, b), _mm256_add_epi16(c, d));
+    const __m256i high = _mm256_add_epi16(_mm256_add_epi16(e, f), _mm256_add_epi16(g, h));
+    volatile int32_t sink = sum_i32(_mm256_add_epi16(low, high));  // has to be computed
     (void)sink;
-    return static_cast<int64_t>(iterations * STEPS * SUMS * 32);
+    return static_cast<int64_t>(iterations * ROUNDS * SUMS * 32);
 }
 
 }  // namespace
