@@ -61,7 +61,7 @@ Enum enumerator(const std::string& text, std::initializer_list<const char*> name
 }
 
 ValueType float_type(const std::string& text) {
-    return enumerator<ValueType>(text, {"f32", "bf16", "f16"}, "dtype");
+    return enumerator<ValueType>(text, {"f32", "bf16", "f16", "i8"}, "dtype");
 }
 
 LinearName linear_name(const std::string& text) {
@@ -84,6 +84,7 @@ class BoundDecoder {
     // `rows` are the bytes of a [vocab, hidden] matrix.
     DenseMatrix borrow(const Matrix<const uint8_t>& rows, const std::string& dtype) {
         const ValueType type = float_type(dtype);
+        require(type != ValueType::I8, "embedding and head must be floats");
         const size_t row_bytes = model_.hidden * size_of(type);
         require(rows.shape(0) == model_.vocab && rows.shape(1) == row_bytes,
                 "embedding and head must be [vocabulary, hidden] of " + dtype);

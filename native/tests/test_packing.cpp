@@ -37,7 +37,7 @@ TEST(repacking_gives_the_layout_of_the_kernels) {
         const auto codes = random.codes(rows * k);
         auto canonical = canonical_of(codes, rows, k);
         if (k % 4 != 0) canonical.back() |= 0xC0;  // whatever stands in the padding is passed over
-        std::vector<uint8_t> packed(rows * ternary_row_bytes(k), 0);
+        std::vector<uint8_t> packed(rows * packed_row_bytes(Packing::TWO_BIT, k), 0);
         CHECK(repack_rows(canonical.data(), k, 0, 1, packed.data()));
         CHECK(repack_rows(canonical.data(), k, 1, rows, packed.data()));
         CHECK_WITH(same_bits(packed, testing::pack_rows(codes, rows, k)), "k " << k);
@@ -51,7 +51,7 @@ TEST(bits_that_are_no_code_are_found_wherever_they_are) {
         for (size_t i = 0; i < k; ++i) {
             auto bad = good;
             bad[canonical_row_bytes(k) + i / 4] |= static_cast<uint8_t>(3 << (i % 4 * 2));
-            std::vector<uint8_t> packed(2 * ternary_row_bytes(k));
+            std::vector<uint8_t> packed(2 * packed_row_bytes(Packing::TWO_BIT, k));
             std::vector<int8_t> codes(2 * k);
             CHECK_WITH(!repack_rows(bad.data(), k, 0, 2, packed.data()), k << " " << i);
             CHECK_WITH(!unpack_rows(bad.data(), 2, k, codes.data()), k << " " << i);
