@@ -21,6 +21,7 @@
 #include "numerics.h"
 #include "packing.h"
 #include "platform.h"
+#include "probes.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -310,6 +311,18 @@ void bind_decoder(nb::module_& module) {
              "top_values"_a.noconvert(),
              "One step: Batch, SamplePlan, then the arrays of StepOutput to fill.")
         .def(
+            "measure_stages", [](BoundDecoder& self, bool on) { self.core().measure_stages(on); },
+            "on"_a, "Forget what the stages of steps took; measure them from now on or no more.")
+        .def_prop_ro(
+            "stage_seconds",
+            [](BoundDecoder& self) {
+                const auto seconds = self.core().stage_seconds();
+                nb::typed<nb::dict, nb::str, float> stages;
+                for (size_t i = 0; i < STAGE_COUNT; ++i) stages[STAGE_NAMES[i]] = seconds[i];
+                return stages;
+            },
+            "Seconds of each stage since measure_stages(True), the mean of the workers.")
+        .def(
             "copy_blocks",
             [](BoundDecoder& self, const Matrix<const int32_t>& pairs) {
                 require(pairs.shape(1) == 2, "pairs must be [n, 2]");
@@ -524,7 +537,27 @@ void bind_machine(nb::module_& module) {
             return read_bandwidth(threads, nbytes);
         },
         "threads"_a, "nbytes"_a,
-        "Bytes a second at which the threads together read a buffer of main memory.");
+        "Bytes a second at which the threads together read a buffer again and again.");
+    module.def(
+        "peak_multiplications",
+        [](const std::string& isa, int threads) {
+            const Kernels& kernels = kernels_named(isa);
+            const nb::gil_scoped_release released;
+            return peak_multiplications(kernels, threads);
+        },
+        "isa"_a, "threads"_a,
+        "8-bit multiplications a second in the densest loop of a kernel set.");
+    module.def(
+        "quantized_operations",
+        [](const std::string& isa, const std::string& packing, int threads, size_t rows,
+           size_t columns, double seconds) {
+            const Kernels& kernels = kernels_named(isa);
+            const auto how = enumerator<Packing>(packing, {"2bit", "base3"}, "packing");
+            const nb::gil_scoped_release released;
+            return quantized_operations(kernels, how, threads, rows, columns, seconds);
+        },
+        "isa"_a, "packing"_a, "threads"_a, "rows"_a, "columns"_a, "seconds"_a,
+        "Operations (quantise, multiply, rescale) a second that the threads do.");
 }
 
 }  // namespace

@@ -46,7 +46,8 @@ Decoder::Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtim
       model_(model),
       runtime_(runtime),
       crowd_(shared_pool(runtime.threads)),
-      solo_(shared_pool(1)) {
+      solo_(shared_pool(1)),
+      clocks_(static_cast<size_t>(runtime.threads)) {
     demand(model.vocab > 0 && model.hidden > 0, "vocabulary and hidden size must be positive");
     demand(runtime.kv_blocks > 0 && runtime.max_batch_tokens > 0,
            "KV blocks and token rows must be positive");

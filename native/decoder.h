@@ -23,6 +23,7 @@
 #include "memory.h"
 #include "packing.h"
 #include "sampling.h"
+#include "stage_clock.h"
 #include "thread_pool.h"
 
 namespace bitllm {
@@ -156,6 +157,11 @@ class Decoder {
     // wrote into its KV blocks mean nothing, and the next step is as good as any.
     void forward(const StepInput& input, const StepOutput& output);
 
+    // Forgets what stages took, and measures them from now on or no more. Then: seconds of each in
+    // all steps since, the mean of the workers that took part.
+    void measure_stages(bool on);
+    std::array<double, STAGE_COUNT> stage_seconds();
+
     size_t kv_blocks() const { return runtime_.kv_blocks; }
     size_t kv_block_bytes() const { return kv_ ? kv_->block_bytes() : 0; }
     size_t kv_bytes() const { return kv_ ? kv_->bytes() : 0; }
@@ -267,6 +273,7 @@ class Decoder {
 
     ThreadPool& pool_for(const StepInput& input) const;
     void run_step(int worker);
+    void end_stage(Stage stage, int worker);
     void spoil(const Layer& layer);
     void attention_block(const Layer& layer, int worker, Workspace& own);
     void ffn_block(const Layer& layer, int worker, Workspace& own);
@@ -339,6 +346,7 @@ class Decoder {
     float* final_rows_ = nullptr;        // [logit_rows_][hidden]
     float* logits_ = nullptr;            // [logit_rows_][vocab]
     std::vector<Workspace> workspaces_;  // one for each worker
+    std::vector<StageClock> clocks_;     // one for each worker
 
     // Multiplications and additions of a token in all matrices; of a token and a position in
     // attention.
