@@ -65,8 +65,12 @@ ValueType float_type(const std::string& text) {
     return enumerator<ValueType>(text, {"f32", "bf16", "f16", "i8"}, "dtype");
 }
 
+constexpr const char* LINEAR_NAMES[LINEAR_COUNT] = {"q", "k", "v", "o", "gate", "up", "down"};
+
 LinearName linear_name(const std::string& text) {
-    return enumerator<LinearName>(text, {"q", "k", "v", "o", "gate", "up", "down"}, "linear");
+    for (size_t i = 0; i < LINEAR_COUNT; ++i)
+        if (text == LINEAR_NAMES[i]) return static_cast<LinearName>(i);
+    throw std::invalid_argument("unknown linear '" + text + "'");
 }
 
 VectorName vector_name(const std::string& text) {
@@ -311,6 +315,18 @@ void bind_decoder(nb::module_& module) {
                 return stages;
             },
             "Seconds of each stage since measure_stages(True), the mean of the workers.")
+        .def_prop_ro(
+            "step_seconds", [](BoundDecoder& self) { return self.core().step_seconds(); },
+            "Seconds of all steps since measure_stages(), or since loading.")
+        .def_prop_ro(
+            "packed_bytes",
+            [](BoundDecoder& self) {
+                nb::typed<nb::dict, nb::str, size_t> bytes;
+                for (size_t i = 0; i < LINEAR_COUNT; ++i)
+                    bytes[LINEAR_NAMES[i]] = self.core().packed_bytes(static_cast<LinearName>(i));
+                return bytes;
+            },
+            "Bytes of packed ternary weights, by linear, over all layers.")
         .def(
             "copy_blocks",
             [](BoundDecoder& self, const Matrix<const int32_t>& pairs) {

@@ -195,6 +195,12 @@ void Decoder::prepare() {
     std::fill_n(last_writer_, runtime_.kv_blocks, uint64_t{0});
 }
 
+size_t Decoder::packed_bytes(LinearName name) const {
+    size_t bytes = 0;
+    for (const Layer& layer : layers_) bytes += layer.linear(name).packed.bytes();
+    return bytes;
+}
+
 size_t Decoder::weight_bytes() const {
     size_t floats = final_norm_.size(), bytes = 0;
     for (const Layer& layer : layers_) {

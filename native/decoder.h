@@ -157,6 +157,8 @@ class Decoder {
     // all steps since, the mean of the workers that took part.
     void measure_stages(bool on);
     std::array<double, STAGE_COUNT> stage_seconds();
+    // Seconds of all steps since then; measured always.
+    double step_seconds();
 
     size_t kv_blocks() const { return runtime_.kv_blocks; }
     size_t kv_block_bytes() const { return kv_ ? kv_->block_bytes() : 0; }
@@ -164,6 +166,8 @@ class Decoder {
     size_t scratch_bytes() const { return arena_ ? arena_->capacity() : 0; }
     // Bytes of packed matrices and of vectors; embedding and head are not counted.
     size_t weight_bytes() const;
+    // Bytes of one packed matrix, summed over the layers.
+    size_t packed_bytes(LinearName name) const;
 
     // pairs: `count` times (source, destination). All three throw std::out_of_range for unknown
     // blocks, and std::invalid_argument before prepare().
@@ -341,6 +345,7 @@ class Decoder {
     float* logits_ = nullptr;            // [logit_rows_][vocab]
     std::vector<Workspace> workspaces_;  // one for each worker
     std::vector<StageClock> clocks_;     // one for each worker
+    double step_seconds_ = 0;
 
     // Multiplications and additions of a token in all matrices; of a token and a position in
     // attention.

@@ -122,6 +122,25 @@ class CpuDecoder:
             )
         native.write_blocks(np.ascontiguousarray(blocks, np.int32), np.ascontiguousarray(data))
 
+    def packed_bytes(self) -> dict[str, int]:
+        """Return the bytes of packed ternary weights, by linear, over all layers."""
+        return self._open().packed_bytes
+
+    def measure_stages(self, on: bool) -> None:
+        """Forget what steps and their stages took; measure stages from now on, or no more."""
+        self._open().measure_stages(on)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Return the seconds of each stage since `measure_stages(True)`, the mean of the workers.
+
+        "wait" is the time that a worker waits for others at the end of stages.
+        """
+        return self._open().stage_seconds
+
+    def step_seconds(self) -> float:
+        """Return the seconds of all native steps since `measure_stages`, or since loading."""
+        return self._open().step_seconds
+
     def close(self) -> None:
         """Free weights and KV storage, after a step that is under way; no use afterwards."""
         self._native = None
