@@ -60,12 +60,21 @@ class CpuDecoder:
             weight_bytes=native.weight_bytes + dense_bytes,
             kv_bytes=native.kv_bytes,
             scratch_bytes=native.scratch_bytes,
+            head=native.head,
         )
 
     @property
     def kv_capacity(self) -> int:
         """Number of KV blocks."""
         return self._kv_capacity
+
+    @property
+    def head_statistics(self) -> dict[str, int]:
+        """Counts since loading: rows "screened", head rows "rescored" exactly, and "full".
+
+        "full" are those of the screened rows that read the whole head after all.
+        """
+        return self._open().head_statistics
 
     def forward(self, batch: Batch) -> StepOutput:
         """Compute one step; see `bitllm.backends.base.Decoder.forward`."""
