@@ -63,11 +63,6 @@ void Decoder::set_embedding(DenseMatrix embedding) {
     embedding_ = embedding;
 }
 
-void Decoder::set_head(DenseMatrix head) {
-    demand_building();
-    head_ = head;
-}
-
 size_t Decoder::add_layer(LayerConfig config) {
     demand_building();
     demand(config.heads > 0 && config.kv_heads > 0 && config.head_dim > 0 &&
@@ -210,6 +205,7 @@ size_t Decoder::weight_bytes() const {
             bytes += linear.packed.bytes();
         }
     }
+    if (rounded_head_) bytes += rounded_head_->bytes();
     return bytes + floats * sizeof(float);
 }
 

@@ -73,6 +73,7 @@ size_t Decoder::plan_scratch(Arena* arena) {
         if (arena) own.sampler.emplace(kernels_, model_.vocab, *arena);
         plan.bytes += Sampler::scratch_bytes(model_.vocab);
     }
+    if (screen_) plan.bytes += screen_->take_scratch(arena, logit_rows_);
     plan_attention(plan);
     return plan.bytes;
 }

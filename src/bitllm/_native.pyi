@@ -19,8 +19,10 @@ class Decoder:
     def set_embedding(self, rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], dtype: str) -> None:
         """Borrow the bytes of [vocab, hidden]; dtype is f32, bf16 or f16."""
 
-    def set_head(self, rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], dtype: str) -> None:
-        """Borrow the bytes of [vocab, hidden]; dtype is f32, bf16 or f16."""
+    def set_head(self, rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], dtype: str, kind: str = 'full') -> None:
+        """
+        Borrow the bytes of [vocab, hidden]; dtype is f32, bf16 or f16, kind as in LoadOptions.head.
+        """
 
     def set_final_norm(self, gain: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
 
@@ -79,6 +81,15 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int: ...
+
+    @property
+    def head(self) -> str: ...
+
+    @property
+    def head_statistics(self) -> dict[str, Any]:
+        """
+        Rows screened so far; rows of the head computed exactly for them; how many of them read the whole head after all.
+        """
 
 def quantize_activations(x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], q: Annotated[NDArray[numpy.int8], dict(shape=(None, None), order='C', device='cpu')], a: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], isa: str) -> None: ...
 
