@@ -48,7 +48,7 @@ class CpuBackend:
         _refuse_too_large(checkpoint, kv_blocks, options)
         try:
             native = _empty_decoder(spec, options, isa, threads, kv_blocks)
-            dense_bytes = _load_tensors(native, checkpoint)
+            dense_bytes = _load_tensors(native, checkpoint, options.head)
             native.prepare()
         except MemoryError as error:
             raise InsufficientMemoryError(
@@ -130,13 +130,13 @@ def _refuse_too_large(checkpoint: Checkpoint, kv_blocks: int, options: LoadOptio
         )
 
 
-def _load_tensors(native: _native.Decoder, checkpoint: Checkpoint) -> int:
+def _load_tensors(native: _native.Decoder, checkpoint: Checkpoint, head_kind: str) -> int:
     """Hand every tensor to the native decoder; returns the bytes of embedding and head."""
     spec = checkpoint.spec
     embed = _dense(checkpoint, "embed")
     head = embed if spec.tied_head else _dense(checkpoint, "head")
     native.set_embedding(_bytes(embed), embed.dtype)
-    native.set_head(_bytes(head), head.dtype)
+    native.set_head(_bytes(head), head.dtype, head_kind)
     native.set_final_norm(_vector(checkpoint, "final_norm"))
     for index, layer in enumerate(spec.layers):
         native.add_layer(
