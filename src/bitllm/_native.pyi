@@ -86,7 +86,7 @@ class Decoder:
     def head(self) -> str: ...
 
     @property
-    def head_statistics(self) -> dict[str, Any]:
+    def head_statistics(self) -> dict[str, int]:
         """
         Rows screened so far; rows of the head computed exactly for them; how many of them read the whole head after all.
         """
