@@ -21,6 +21,7 @@
 
 #include "kernels/kernels.h"
 #include "memory.h"
+#include "packing.h"
 #include "sampling.h"
 #include "thread_pool.h"
 
@@ -45,6 +46,7 @@ struct RuntimeConfig {
     ValueType kv_type = ValueType::BF16;  // BF16, F32 or I8
     int threads = 1;
     size_t max_batch_tokens = 1;
+    Packing packing = Packing::TWO_BIT;  // of all ternary matrices
 };
 
 // A [rows, columns] matrix of floats that somebody else keeps alive: a view of the mapped
@@ -135,10 +137,12 @@ class Decoder {
     void set_head(DenseMatrix head);
     void set_final_norm(std::span<const float> gain);
     void set_vector(size_t layer, VectorName name, std::span<const float> values);
-    // `canonical`: out rows of ceil(in / 4) bytes in the packing of checkpoint.py, turned here into
-    // that of the kernels. Throws std::domain_error for bits that are no ternary code.
-    void set_linear(size_t layer, LinearName name, const uint8_t* canonical, size_t out, size_t in,
-                    std::span<const float> scales);
+    // Packs a matrix for the kernels, without the rows that are all zero; returns how many others
+    // there are. `scales`: 1, `out`, or [out][ceil(in / group)] where `group` > 0 columns, a
+    // multiple of 32, share one. Throws std::domain_error for bits that are no ternary code, or for
+    // ROW_STRIDED bytes that are all zero, as a hole in a file is.
+    size_t set_linear(size_t layer, LinearName name, const StoredCodes& codes,
+                      std::span<const float> scales, size_t group = 0);
     void set_linear_norm(size_t layer, LinearName name, std::span<const float> gain, float eps);
     void set_linear_bias(size_t layer, LinearName name, std::span<const float> bias);
 
@@ -252,6 +256,7 @@ class Decoder {
     void check_blocks(const int32_t* blocks, size_t count) const;
     Layer& layer_at(size_t index);
     Linear& linear_at(size_t layer, LinearName name);
+    std::vector<uint32_t> kept_rows(const StoredCodes& codes);
     void check_layer(size_t index) const;
     void lay_out_kv();
     size_t plan_scratch(Arena* arena);
