@@ -9,8 +9,9 @@
 namespace bitllm {
 namespace {
 
-constexpr size_t ROW_TILE = 32;    // rows that are unpacked together, for ...
-constexpr size_t TOKEN_TILE = 64;  // ... so many tokens at a time
+constexpr size_t TOKEN_TILE = 64;   // tokens that meet unpacked rows at a time
+constexpr size_t SUM_COLUMNS = 32;  // groups of columns are multiples of it
+static_assert(ROW_TILE * TOKEN_TILE <= ACCUMULATORS);
 
 constexpr LinearName QKV[] = {LinearName::Q, LinearName::K, LinearName::V};
 
@@ -18,6 +19,32 @@ constexpr LinearName QKV[] = {LinearName::Q, LinearName::K, LinearName::V};
 constexpr size_t own_input(LinearName name) {
     if (name == LinearName::K || name == LinearName::UP) return 2;
     return name == LinearName::V ? 3 : 1;
+}
+
+int32_t sum_of(const int8_t* values, size_t n) {
+    int32_t sum = 0;
+    for (size_t i = 0; i < n; ++i) sum += values[i];
+    return sum;
+}
+
+// The rows of `linear.packed` that some of its rows are.
+Range kept_of(const Linear& linear, Range rows) {
+    if (linear.kept.empty()) return rows;
+    return {linear.kept[rows.begin], linear.kept[rows.end]};
+}
+
+const uint8_t* packed_row(const Linear& linear, size_t index) {
+    return reinterpret_cast<const uint8_t*>(linear.packed.data()) +
+           index * packed_row_bytes(linear.packing, linear.in);
+}
+
+// Accumulators of the rows kept become those of all rows, in place: 0 for a row of zeros.
+void spread(const Linear& linear, Range rows, int32_t* accumulators) {
+    if (linear.kept.empty()) return;
+    const uint32_t* kept = linear.kept.data();
+    for (size_t row = rows.end; row-- > rows.begin;)
+        accumulators[row - rows.begin] =
+            kept[row] < kept[row + 1] ? accumulators[kept[row] - kept[rows.begin]] : 0;
 }
 
 }  // namespace
@@ -71,9 +98,9 @@ void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* o
 
 void Decoder::multiply_token(const Linear& linear, const Quantized& input, Range rows, float* out,
                              Workspace& own) {
-    const Range kept = linear.kept_of(rows);
-    const auto kernels = kernels_.integer->packed[static_cast<size_t>(linear.packing)];
-    kernels.matvec(linear.packed_row(kept.begin), kept.end - kept.begin, linear.in, input.values,
+    const Range kept = kept_of(linear, rows);
+    const PackedKernels& kernels = kernels_.integer->packed[static_cast<size_t>(linear.packing)];
+    kernels.matvec(packed_row(linear, kept.begin), kept.end - kept.begin, linear.in, input.values,
                    input.sums[0], own.accumulators);
     rescale_rows(linear, rows, input.scales[0], own.accumulators, out);
 }
@@ -99,7 +126,8 @@ void Decoder::multiply_tokens(const Linear& linear, const Quantized& input, Rang
 void Decoder::multiply_groups(const Linear& linear, const Quantized& input, Range rows, float* out,
                               size_t stride, Workspace& own) {
     const size_t height = rows.end - rows.begin, columns = padded_columns(linear.in);
-    const size_t groups = linear.groups(), unpacked = unpack_rows(linear, rows, own);
+    const size_t groups = (linear.in + linear.group - 1) / linear.group;
+    const size_t unpacked = unpack_rows(linear, rows, own);
     for (size_t token = 0; token < tokens_; ++token)
         std::fill_n(out + token * stride + rows.begin, height, 0.0f);
     for (size_t group = 0; group < groups; ++group) {
@@ -121,7 +149,7 @@ void Decoder::multiply_groups(const Linear& linear, const Quantized& input, Rang
                                            own.accumulators, height);
             for (size_t i = 0; i < width; ++i) {
                 int32_t* accumulators = own.accumulators + i * height;
-                linear.spread(rows, accumulators);
+                spread(linear, rows, accumulators);
                 kernels_.rescale(accumulators, height, input.scales[token + i], scales, 1,
                                  products);
                 kernels_.add(out + (token + i) * stride + rows.begin, products, height);
@@ -132,9 +160,9 @@ void Decoder::multiply_groups(const Linear& linear, const Quantized& input, Rang
 
 // The rows of a tile that are there, into own.codes; their number.
 size_t Decoder::unpack_rows(const Linear& linear, Range rows, Workspace& own) const {
-    const Range kept = linear.kept_of(rows);
-    const auto kernels = kernels_.integer->packed[static_cast<size_t>(linear.packing)];
-    kernels.unpack(linear.packed_row(kept.begin), kept.end - kept.begin, linear.in, own.codes);
+    const Range kept = kept_of(linear, rows);
+    const PackedKernels& kernels = kernels_.integer->packed[static_cast<size_t>(linear.packing)];
+    kernels.unpack(packed_row(linear, kept.begin), kept.end - kept.begin, linear.in, own.codes);
     return kept.end - kept.begin;
 }
 
@@ -142,10 +170,9 @@ size_t Decoder::unpack_rows(const Linear& linear, Range rows, Workspace& own) co
 void Decoder::rescale_rows(const Linear& linear, Range rows, float a, int32_t* accumulators,
                            float* out) const {
     const bool one = linear.scales.size() == 1;
-    linear.spread(rows, accumulators);
+    spread(linear, rows, accumulators);
     kernels_.rescale(accumulators, rows.end - rows.begin, a,
-                     linear.scales.data() + (one ? 0 : rows.begin), one ? 0 : 1,
-                     out + rows.begin);
+                     linear.scales.data() + (one ? 0 : rows.begin), one ? 0 : 1, out + rows.begin);
 }
 
 void Decoder::multiply_all(const Layer& layer, LinearName name, float* out, int worker,
