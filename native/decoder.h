@@ -34,8 +34,9 @@ inline constexpr size_t size_of(ValueType type) { return VALUE_BYTES[static_cast
 
 // A cache line of floats: rows that neighbours write share none.
 inline constexpr size_t ROW_GRAIN = 16;
-// What a worker can hold of a product.
+// What a worker can hold of a product, and rows it unpacks together.
 inline constexpr size_t ACCUMULATORS = 4096;
+inline constexpr size_t ROW_TILE = 32;
 
 struct ModelConfig {
     size_t vocab = 0;
@@ -298,6 +299,15 @@ class Decoder {
                          const float* x, const float* norm, Workspace& own);
     void multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride,
                   Workspace& own);
+    void multiply_token(const Linear& linear, const Quantized& input, Range rows, float* out,
+                        Workspace& own);
+    void multiply_tokens(const Linear& linear, const Quantized& input, Range rows, float* out,
+                         size_t stride, Workspace& own);
+    void multiply_groups(const Linear& linear, const Quantized& input, Range rows, float* out,
+                         size_t stride, Workspace& own);
+    size_t unpack_rows(const Linear& linear, Range rows, Workspace& own) const;
+    void rescale_rows(const Linear& linear, Range rows, float a, int32_t* accumulators,
+                      float* out) const;
     void multiply_all(const Layer& layer, LinearName name, float* out, int worker, Workspace& own);
     void project(const Layer& layer, int worker, Workspace& own);
     void expand(const Layer& layer, int worker, Workspace& own);
