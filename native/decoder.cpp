@@ -17,7 +17,6 @@ namespace {
 constexpr const char* LINEAR_TEXT[LINEAR_COUNT] = {"q", "k", "v", "o", "gate", "up", "down"};
 // Accumulators are int32 and pass through float32: beyond this they would not be exact.
 constexpr size_t LARGEST_INPUT = (size_t{1} << 24) / 127;
-constexpr size_t HUGE_PAGE = size_t{1} << 21;
 constexpr size_t GROUP_GRAIN = 32;  // columns the kernels multiply at once
 // So many bytes are believed to be one weight (-1) again and again; more are a hole in a file.
 constexpr size_t SUSPICIOUS_ZERO_BYTES = 256;
@@ -121,13 +120,13 @@ size_t Decoder::set_linear(size_t layer, LinearName name, const StoredCodes& cod
     linear.group = group;
     linear.kept = kept_rows(codes);
     const size_t rows = linear.kept.empty() ? out : linear.kept.back();
-    const size_t bytes = rows * packed_row_bytes(linear.packing, in);
-    linear.packed = Pages(bytes, bytes >= 2 * HUGE_PAGE);
+    const std::span<std::byte> packed = packed_.take(rows * packed_row_bytes(linear.packing, in));
+    linear.packed = packed;
     crowd_.parallel([&](int worker, int workers) {
         const Range mine = split(codes.rows(), worker, workers);
         pack(codes, linear.packing, mine.begin, mine.end,
              linear.kept.empty() ? nullptr : linear.kept.data(),
-             reinterpret_cast<uint8_t*>(linear.packed.data()));
+             reinterpret_cast<uint8_t*>(packed.data()));
     });
     return rows;
 }
@@ -233,7 +232,7 @@ size_t Decoder::weight_bytes() const {
         for (const auto& vector : layer.vectors) floats += vector.size();
         for (const Linear& linear : layer.linears) {
             floats += linear.scales.size() + linear.bias.size() + linear.norm.size();
-            bytes += linear.packed.bytes() + linear.kept.size() * sizeof(uint32_t);
+            bytes += linear.packed.size() + linear.kept.size() * sizeof(uint32_t);
         }
     }
     if (rounded_head_) bytes += rounded_head_->bytes();

@@ -62,12 +62,12 @@ struct Linear {
     size_t out = 0;
     size_t in = 0;
     Packing packing = Packing::TWO_BIT;
-    Pages packed;  // rows in the layout of kernels.h; only those that are not all zero
-    std::vector<uint32_t> kept;  // [out + 1]: rows kept before each row; empty = all of them
-    std::vector<float> scales;   // 1, `out`, or [out][groups]
-    size_t group = 0;            // columns that share a scale; 0 = all of a row
-    std::vector<float> bias;     // [out]
-    std::vector<float> norm;     // [in]
+    std::span<const std::byte> packed;  // rows as in kernels.h; only those that are not all zero
+    std::vector<uint32_t> kept;         // [out + 1]: rows kept before each row; empty = all of them
+    std::vector<float> scales;          // 1, `out`, or [out][groups]
+    size_t group = 0;                   // columns that share a scale; 0 = all of a row
+    std::vector<float> bias;            // [out]
+    std::vector<float> norm;            // [in]
     float norm_eps = 0.0f;
 };
 
@@ -350,6 +350,7 @@ class Decoder {
     std::optional<RoundedHead> rounded_head_;
     std::optional<HeadScreen> screen_;
     std::vector<float> final_norm_;
+    PieceStore packed_;
     std::vector<Layer> layers_;
     std::vector<RopeTable> rope_tables_;
     std::optional<BlockStorage> kv_;
