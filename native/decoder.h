@@ -21,7 +21,9 @@
 
 #include "kernels/kernels.h"
 #include "memory.h"
+#include "packing.h"
 #include "sampling.h"
+#include "stage_clock.h"
 #include "thread_pool.h"
 
 namespace bitllm {
@@ -45,6 +47,7 @@ struct RuntimeConfig {
     ValueType kv_type = ValueType::BF16;  // BF16, F32 or I8
     int threads = 1;
     size_t max_batch_tokens = 1;
+    Packing packing = Packing::TWO_BIT;  // of all ternary matrices
 };
 
 // A [rows, columns] matrix of floats that somebody else keeps alive: a view of the mapped
@@ -135,10 +138,12 @@ class Decoder {
     void set_head(DenseMatrix head);
     void set_final_norm(std::span<const float> gain);
     void set_vector(size_t layer, VectorName name, std::span<const float> values);
-    // `canonical`: out rows of ceil(in / 4) bytes in the packing of checkpoint.py, turned here into
-    // that of the kernels. Throws std::domain_error for bits that are no ternary code.
-    void set_linear(size_t layer, LinearName name, const uint8_t* canonical, size_t out, size_t in,
-                    std::span<const float> scales);
+    // Packs a matrix for the kernels, without the rows that are all zero; returns how many others
+    // there are. `scales`: 1, `out`, or [out][ceil(in / group)] where `group` > 0 columns, a
+    // multiple of 32, share one. Throws std::domain_error for bits that are no ternary code, or for
+    // ROW_STRIDED bytes that are all zero, as a hole in a file is.
+    size_t set_linear(size_t layer, LinearName name, const StoredCodes& codes,
+                      std::span<const float> scales, size_t group = 0);
     void set_linear_norm(size_t layer, LinearName name, std::span<const float> gain, float eps);
     void set_linear_bias(size_t layer, LinearName name, std::span<const float> bias);
 
@@ -151,6 +156,11 @@ class Decoder {
     // the layer, where numbers to be quantised are NaN or infinite; then outputs and what the batch
     // wrote into its KV blocks mean nothing, and the next step is as good as any.
     void forward(const StepInput& input, const StepOutput& output);
+
+    // Forgets what stages took, and measures them from now on or no more. Then: seconds of each in
+    // all steps since, the mean of the workers that took part.
+    void measure_stages(bool on);
+    std::array<double, STAGE_COUNT> stage_seconds();
 
     size_t kv_blocks() const { return runtime_.kv_blocks; }
     size_t kv_block_bytes() const { return kv_ ? kv_->block_bytes() : 0; }
@@ -252,6 +262,7 @@ class Decoder {
     void check_blocks(const int32_t* blocks, size_t count) const;
     Layer& layer_at(size_t index);
     Linear& linear_at(size_t layer, LinearName name);
+    std::vector<uint32_t> kept_rows(const StoredCodes& codes);
     void check_layer(size_t index) const;
     void lay_out_kv();
     size_t plan_scratch(Arena* arena);
@@ -262,6 +273,7 @@ class Decoder {
 
     ThreadPool& pool_for(const StepInput& input) const;
     void run_step(int worker);
+    void end_stage(Stage stage, int worker);
     void spoil(const Layer& layer);
     void attention_block(const Layer& layer, int worker, Workspace& own);
     void ffn_block(const Layer& layer, int worker, Workspace& own);
@@ -333,6 +345,7 @@ class Decoder {
     float* final_rows_ = nullptr;        // [logit_rows_][hidden]
     float* logits_ = nullptr;            // [logit_rows_][vocab]
     std::vector<Workspace> workspaces_;  // one for each worker
+    std::vector<StageClock> clocks_;     // one for each worker
 
     // Multiplications and additions of a token in all matrices; of a token and a position in
     // attention.

@@ -22,7 +22,6 @@ constexpr size_t TILE_QUERIES = 64;  // tokens of a tile times heads that share 
 constexpr size_t WIDEN_FROM = 8;     // queries from which on keys and values are widened only once
 constexpr size_t UNITS_PER_WORKER = 4;  // fewer pieces of work than that are cut into chunks
 
-constexpr float LARGEST_FLOAT = std::numeric_limits<float>::max();
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 // Stores n values `stride` elements apart.
@@ -96,6 +95,7 @@ void Decoder::store(const Layer& layer, size_t token, size_t kv_head, const floa
         narrow(value, type, n, values + place * n * size_of(type), 1);
         return;
     }
+    if (!all_finite(key, n) || !all_finite(value, n)) spoil(layer);
     auto* codes = reinterpret_cast<int8_t*>(own.codes);
     int32_t sum;
     scales_of(keys, n)[place] = 1.0f / kernels_.quantize(key, n, codes, &sum);
@@ -217,7 +217,7 @@ void Decoder::attend_chunks(const Layer& layer, int worker, Workspace& own) {
             }
         }
     }
-    pool_->barrier(worker);
+    end_stage(Stage::ATTENTION, worker);
     const Range mine = split(tokens_ * config.heads, worker, pool_->size());
     for (size_t unit = mine.begin; unit < mine.end; ++unit) {
         const size_t row = unit / config.heads, head = unit % config.heads;

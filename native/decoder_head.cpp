@@ -31,13 +31,13 @@ void Decoder::finish(int worker, Workspace& own) {
             const float* h = residual_ + static_cast<size_t>(input.output_rows[base + i]) * n;
             kernels_.rms_norm(h, final_norm_.data(), n, model_.norm_eps, final_rows_ + i * n);
         }
-        pool_->barrier(worker);
+        end_stage(Stage::HEAD, worker);
         head_rows(own.requests, count, split(model_.vocab, worker, pool_->size(), ROW_GRAIN));
-        pool_->barrier(worker);
+        end_stage(Stage::HEAD, worker);
         for (size_t i = static_cast<size_t>(worker); i < count;
              i += static_cast<size_t>(pool_->size()))
             finish_request(own.requests[i], final_rows_ + i * n, own);
-        pool_->barrier(worker);
+        end_stage(Stage::SAMPLING, worker);
     }
 }
 

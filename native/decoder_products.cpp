@@ -12,8 +12,6 @@ namespace {
 constexpr size_t ROW_TILE = 32;    // rows that are unpacked together, for ...
 constexpr size_t TOKEN_TILE = 64;  // ... so many tokens at a time
 
-constexpr float LARGEST_FLOAT = std::numeric_limits<float>::max();
-
 constexpr LinearName QKV[] = {LinearName::Q, LinearName::K, LinearName::V};
 
 // Which of the quantised inputs belongs to a linear that has a norm of its own.
@@ -22,12 +20,6 @@ constexpr size_t own_input(LinearName name) {
     return name == LinearName::V ? 3 : 1;
 }
 
-// Neither NaN nor infinity among them. Quantising passes over NaN, so it has to be asked before.
-bool all_finite(const float* values, size_t n) {
-    int32_t finite = 1;  // as wide as the floats, for the loop to become vector code
-    for (size_t i = 0; i < n; ++i) finite &= std::fabs(values[i]) <= LARGEST_FLOAT ? 1 : 0;
-    return finite != 0;
-}
 }  // namespace
 
 // Input vectors of linears that read x: one that is shared, and one for each linear with a norm of

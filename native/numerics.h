@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 
 #include "kernels/kernels.h"
 
@@ -24,6 +25,18 @@ inline float lane_sum(const float* values, size_t n) {
     for (size_t width = LANES / 2; width > 0; width /= 2)
         for (size_t lane = 0; lane < width; ++lane) lanes[lane] = lanes[lane] + lanes[lane + width];
     return lanes[0];
+}
+
+inline constexpr float LARGEST_FLOAT = std::numeric_limits<float>::max();
+
+// Neither NaN nor infinity among them. Quantising passes over NaN, so it has to be asked before.
+inline bool all_finite(const float* values, size_t n) {
+    int32_t finite = 1;  // as wide as the floats, for the loop to become vector code
+    for (size_t i = 0; i < n; ++i) {
+        const float size = values[i] < 0.0f ? -values[i] : values[i];
+        finite &= size <= LARGEST_FLOAT ? 1 : 0;
+    }
+    return finite != 0;
 }
 
 // e**x; x is clamped to [-87, 88], and below -87 the result is exactly 0.

@@ -49,7 +49,7 @@ def test_every_switch(switch, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
 def test_every_dtype(dtype, kv_dtype, isa):
     checkpoint = random_checkpoint(tiny_spec(), dtype=dtype, granularity="row")
@@ -72,6 +72,23 @@ def test_threads_pieces_and_batches_change_no_bit(switch, isa):
         runs = [Run(second, 0, [5, 0]), Run(first, 0, [7, 2, 6])]
         mixed = load("cpu", checkpoint, isa=isa, threads=threads).forward(make_batch(runs))
         assert_same_bits(mixed.logits[33:], expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("window", [None, 300])
+def test_contexts_of_several_chunks(window, kv_dtype, isa):
+    """More than 256 positions: chunks are merged, and shared by threads where tokens are few."""
+    checkpoint = random_checkpoint(tiny_spec(sliding_window=window, max_context=800))
+    ids, other = prompt_ids(600, 101, seed=1), prompt_ids(290, 101, seed=2)
+    options = {"kv_dtype": kv_dtype, "kv_tokens": 1024, "max_batch_tokens": 600}
+    expected = logits_of(load("reference", checkpoint, **options), ids)
+    for threads in (1, 2, 3):
+        native = load("cpu", checkpoint, isa=isa, threads=threads, **options)
+        assert_same_bits(logits_of(native, ids, [512, 597, 598, 599]), expected)
+        native.forward(make_batch([Run(other, 0, range(20, 30))]))
+        last = [Run([ids[-1]], 599, range(19)), Run([ids[3]], 290, range(20, 30))]
+        assert_same_bits(native.forward(make_batch(last)).logits[:1], expected[-1:])
 
 
 @pytest.mark.slow
@@ -263,8 +280,8 @@ def test_scores_and_hidden_states_are_the_same(pair):
 # The golden hash
 
 
-def golden_logits(isa: str) -> np.ndarray:
-    """Logits of a fixed model on a fixed prompt, in pieces, with the default KV storage."""
+def golden_logits(isa: str, kv_dtype: str = "bf16") -> np.ndarray:
+    """Logits of a fixed model on a fixed prompt, in pieces, over more than one chunk."""
     spec = tiny_spec(
         num_layers=3,
         vocab_size=1031,
@@ -278,8 +295,9 @@ def golden_logits(isa: str) -> np.ndarray:
         tied_head=True,
     )
     checkpoint = random_checkpoint(spec, seed=2024)
-    decoder = load("cpu", checkpoint, isa=isa, threads=2)
-    return logits_of(decoder, prompt_ids(100, spec.vocab_size, seed=2024), [64, 99])
+    decoder = load("cpu", checkpoint, isa=isa, threads=2, kv_dtype=kv_dtype, kv_tokens=320)
+    ids = prompt_ids(300, spec.vocab_size, seed=2024)
+    return logits_of(decoder, ids, [64, 99, 298, 299])
 
 
 def hash_of(logits: np.ndarray) -> str:
@@ -287,9 +305,10 @@ def hash_of(logits: np.ndarray) -> str:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_the_golden_hash(isa):
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+def test_the_golden_hash(kv_dtype, isa):
     """One hash for all machines: whoever changes a bit of the numerics changes this file too."""
-    golden = json.loads(GOLDEN.read_text())
-    logits = golden_logits(isa)
+    golden = json.loads(GOLDEN.read_text())[kv_dtype]
+    logits = golden_logits(isa, kv_dtype)
     assert logits[-1].argmax() == golden["last_argmax"]
     assert hash_of(logits) == golden["sha256"]

@@ -90,6 +90,11 @@ struct IntegerKernels {
     void (*screen_rows)(const uint8_t* screen, size_t row_groups, size_t groups, const int8_t* high,
                         const int8_t* low, const int32_t* offsets, const float* squares,
                         float* approx, float* spread);
+
+    // Runs the densest loop of 8-bit multiplications and additions that the set knows, without
+    // memory where that can be, and returns how many multiplications it did, about 1000 *
+    // `iterations`: no product is faster, so this is the yardstick of all of them.
+    int64_t (*peak)(size_t iterations);
 };
 
 struct Kernels {

@@ -68,8 +68,12 @@ class Random {
 
     // Finite values of a stored type, as bytes.
     std::vector<std::byte> stored(ValueType type, size_t count) {
-        std::vector<std::byte> bytes(count * (type == ValueType::F32 ? 4 : 2));
+        std::vector<std::byte> bytes(count * VALUE_BYTES[static_cast<size_t>(type)]);
         for (size_t i = 0; i < count; ++i) {
+            if (type == ValueType::I8) {
+                bytes[i] = static_cast<std::byte>(integer(-128, 127));
+                continue;
+            }
             if (type == ValueType::F32) {
                 const float value = number();
                 std::memcpy(&bytes[4 * i], &value, 4);
@@ -113,10 +117,10 @@ inline std::vector<int32_t> row_sums(const std::vector<int8_t>& values, size_t r
 
 // Codes (rows x k, in -1 .. 1) in the layout of kernels.h.
 inline std::vector<uint8_t> pack_rows(const std::vector<int8_t>& codes, size_t rows, size_t k) {
-    std::vector<uint8_t> packed(rows * ternary_row_bytes(k), 0x55);
+    std::vector<uint8_t> packed(rows * packed_row_bytes(Packing::TWO_BIT, k), 0x55);
     for (size_t r = 0; r < rows; ++r) {
         for (size_t i = 0; i < k; ++i) {
-            uint8_t& byte = packed[r * ternary_row_bytes(k) + i / 256 * 64 + i % 64];
+            uint8_t& byte = packed[r * packed_row_bytes(Packing::TWO_BIT, k) + i / 256 * 64 + i % 64];
             const unsigned shift = static_cast<unsigned>(i % 256 / 64 * 2);
             const unsigned code = static_cast<unsigned>(codes[r * k + i] + 1);
             byte = static_cast<uint8_t>((byte & ~(3u << shift)) | code << shift);

@@ -2,11 +2,15 @@
 // the cutting of a prompt change a bit. What it computes is compared with the reference in
 // tests/test_decoder_agreement.py.
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
+#include <fstream>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <new>
+#include <sstream>
 #include <stdexcept>
 #include <vector>
 
@@ -77,7 +81,7 @@ namespace {
 
 constexpr size_t VOCAB = 309, HIDDEN = 300, FFN = 517, HEADS = 6, KV_HEADS = 3, HEAD_DIM = 22,
                  LAYERS = 2;
-constexpr size_t BLOCKS = 8, MAX_TOKENS = 96;
+constexpr size_t BLOCKS = 10, MAX_TOKENS = 96;
 
 // The same random model for each seed, with every optional part.
 struct Model {
@@ -116,7 +120,8 @@ struct Model {
                 std::vector<uint8_t> packed(out * canonical_row_bytes(in));
                 bitllm::pack_rows(codes.data(), out, in, packed.data());
                 const std::vector<float> scales(layer ? out : 1, 0.06f);
-                decoder->set_linear(layer, name, packed.data(), out, in, scales);
+                decoder->set_linear(layer, name, {packed.data(), Layout::CANONICAL, out, in},
+                                    scales);
                 decoder->set_linear_bias(layer, name, gains(out));
                 if (i % 2 == layer) decoder->set_linear_norm(layer, name, gains(in), 1e-6f);
             }
@@ -142,7 +147,8 @@ std::vector<int32_t> prompt(size_t count) {
 
 // Tokens from..to of a prompt as a batch of one run; every row wants one kind of output.
 struct Step {
-    std::vector<int32_t> ids, positions, rows, offsets, slots = {-1}, table = {5, 1, 7, 2};
+    std::vector<int32_t> ids, positions, rows, offsets, slots = {-1},
+                                                        table = {5, 1, 7, 2, 0, 9, 3, 8, 6, 4};
     std::vector<uint8_t> kinds;
     std::vector<int32_t> targets, top_n;
     StepInput input;
@@ -272,7 +278,7 @@ TEST(a_step_allocates_nothing) {
 
 TEST(kernels_threads_and_pieces_change_no_bit) {
     const auto ids = prompt(90);
-    for (const ValueType kv_type : {ValueType::BF16, ValueType::F32}) {
+    for (const ValueType kv_type : {ValueType::BF16, ValueType::F32, ValueType::I8}) {
         const Model plain(scalar_kernels, 1, kv_type);
         const auto expected = logits_of(*plain.decoder, ids, {});
         for (const float logit : expected) CHECK(std::isfinite(logit));
@@ -284,6 +290,25 @@ TEST(kernels_threads_and_pieces_change_no_bit) {
                 CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {1, 2, 34, 64, 89})),
                            label << " " << threads << " in pieces");
             }
+        }
+    }
+}
+
+TEST(the_golden_hash_is_that_of_every_machine) {
+    std::ifstream file(BITLLM_GOLDEN);
+    const std::string golden{std::istreambuf_iterator<char>(file), {}};
+    CHECK(!golden.empty());
+    const auto ids = prompt(270);
+    for (const ValueType kv_type : {ValueType::BF16, ValueType::I8}) {
+        for (const auto& [label, kernels] : variants()) {
+            const Model model(*kernels, 2, kv_type);
+            uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+            for (const float logit : logits_of(*model.decoder, ids, {90, 180, 268, 269}))
+                hash = (hash ^ std::bit_cast<uint32_t>(logit)) * 0x100000001b3;
+            std::ostringstream hex;
+            hex << std::hex << hash;
+            CHECK_WITH(golden.find(hex.str()) != std::string::npos,
+                       label << " KV " << int(kv_type) << ": " << hex.str());
         }
     }
 }
@@ -360,13 +385,20 @@ TEST(an_incomplete_model_is_refused) {
     CHECK(throws<std::invalid_argument>(
         [&] { decoder.set_vector(0, VectorName::ATTN_NORM, std::vector<float>(HIDDEN)); }));
     decoder.add_layer({2, 1, 4, Activation::RELU2, 1e-5f, 1.0f, 0, {1.0f, 0.5f}});
-    const std::vector<uint8_t> packed(8 * canonical_row_bytes(HIDDEN), 0xFF);
+    constexpr Layout canonical = Layout::CANONICAL;
+    const std::vector<uint8_t> packed(8 * canonical_row_bytes(HIDDEN), 0xFF), hole(8 * 32, 0);
     const std::vector<float> scales(1, 1.0f);
-    CHECK(throws<std::domain_error>(
-        [&] { decoder.set_linear(0, LinearName::Q, packed.data(), 8, HIDDEN, scales); }));
-    CHECK(throws<std::invalid_argument>([&] {
-        decoder.set_linear(0, LinearName::Q, packed.data(), 8, HIDDEN, std::vector<float>(2));
+    CHECK(throws<std::domain_error>([&] {
+        decoder.set_linear(0, LinearName::Q, {packed.data(), canonical, 8, HIDDEN}, scales);
     }));
+    CHECK(throws<std::domain_error>([&] {
+        decoder.set_linear(0, LinearName::Q, {hole.data(), Layout::ROW_STRIDED, 32, 32}, scales);
+    }));
+    for (const auto& [count, group] : {std::pair<size_t, size_t>{2, 0}, {8, 31}, {1, 32}, {16, 64}})
+        CHECK(throws<std::invalid_argument>([&] {
+            decoder.set_linear(0, LinearName::Q, {packed.data(), canonical, 8, HIDDEN},
+                               std::vector<float>(count), group);
+        }));
     CHECK(throws<std::invalid_argument>(
         [&] { decoder.add_layer({3, 2, 4, Activation::RELU2, 1e-5f, 1.0f, 0, {}}); }));
     const StepInput nothing;

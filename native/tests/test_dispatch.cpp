@@ -45,9 +45,11 @@ TEST(cpu_features_are_those_the_compiler_sees) {
 
 TEST(every_kernel_of_every_set_is_there) {
     for (const Kernels* set : available_kernels()) {
-        CHECK_WITH(set->rms_norm && set->quantize && set->ternary_matvec && set->ternary_matmul,
-                   set->name);
-        CHECK_WITH(set->dense_matvec && set->attention_scores && set->weighted_sum, set->name);
+        CHECK_WITH(set->rms_norm && set->quantize && set->dense_matvec && set->widen, set->name);
+        CHECK_WITH(set->attention_scores && set->block_weights && set->weighted_values, set->name);
+        for (const PackedKernels& packed : set->integer->packed)
+            CHECK_WITH(packed.matvec && packed.unpack, set->name);
+        CHECK_WITH(set->integer->codes_matmul && set->integer->screen_rows, set->name);
         CHECK_WITH(set->exp_shifted && set->gated && set->rescale && set->add, set->name);
     }
 }

@@ -1,5 +1,6 @@
 // Every kernel of every set that runs here against the scalar one, bit for bit.
 #include <limits>
+#include <utility>
 
 #include "check.h"
 #include "kernel_data.h"
@@ -9,7 +10,10 @@ using namespace bitllm::testing;
 
 namespace {
 
-constexpr ValueType TYPES[] = {ValueType::F32, ValueType::BF16, ValueType::F16};
+constexpr ValueType TYPES[] = {ValueType::F32, ValueType::BF16, ValueType::F16, ValueType::I8};
+
+// Around the registers, and those of real models.
+constexpr size_t HEAD_DIMS[] = {1, 2, 7, 8, 9, 15, 16, 17, 22, 44, 64, 80, 128};
 
 // Values behind the end of an output, which no kernel may touch.
 constexpr size_t GUARD = 40;
@@ -79,69 +83,6 @@ TEST(quantize_is_the_same_everywhere) {
     }
 }
 
-TEST(ternary_matvec_is_the_same_everywhere) {
-    Random random(13);
-    for (const size_t k : LENGTHS) {
-        for (const size_t rows : {1, 2, 3, 4, 5, 9}) {
-            const std::vector<uint8_t> packed = pack_rows(random.codes(rows * k), rows, k);
-            const std::vector<int8_t> q = random.activations(1, k);
-            const int32_t q_sum = row_sums(q, 1)[0];
-            std::vector<int32_t> expected = guarded<int32_t>(rows);
-            scalar_kernels.ternary_matvec(packed.data(), rows, k, q.data(), q_sum, expected.data());
-            on_each([&](const Kernels& kernels, const std::string& label) {
-                std::vector<int32_t> acc = guarded<int32_t>(rows);
-                kernels.ternary_matvec(packed.data(), rows, k, q.data(), q_sum, acc.data());
-                CHECK_WITH(same_bits(acc, expected), label << " rows " << rows << " k " << k);
-            });
-        }
-    }
-}
-
-TEST(ternary_matmul_is_the_same_everywhere) {
-    Random random(14);
-    for (const size_t k : LENGTHS) {
-        const size_t rows = 3, stride = rows + 4;
-        const std::vector<uint8_t> packed = pack_rows(random.codes(rows * k), rows, k);
-        for (const size_t tokens : {1, 2, 3, 4, 5, 7, 8, 9, 15, 17}) {
-            const std::vector<int8_t> q = random.activations(tokens, k);
-            const std::vector<int32_t> sums = row_sums(q, tokens);
-            std::vector<int32_t> expected = guarded<int32_t>(tokens * stride);
-            scalar_kernels.ternary_matmul(packed.data(), rows, k, q.data(), sums.data(), tokens,
-                                          expected.data(), stride);
-            on_each([&](const Kernels& kernels, const std::string& label) {
-                std::vector<int32_t> acc = guarded<int32_t>(tokens * stride);
-                kernels.ternary_matmul(packed.data(), rows, k, q.data(), sums.data(), tokens,
-                                       acc.data(), stride);
-                CHECK_WITH(same_bits(acc, expected), label << " tokens " << tokens << " k " << k);
-            });
-        }
-    }
-}
-
-TEST(ternary_sums_do_not_overflow) {
-    // The largest sums there are: all codes and all activations at one end.
-    for (const size_t k : {2048, 2304, 6912, 132096}) {
-        for (const int code : {-1, 1}) {
-            for (const int value : {-128, 127}) {
-                const std::vector<uint8_t> packed =
-                    pack_rows(std::vector<int8_t>(4 * k, static_cast<int8_t>(code)), 4, k);
-                Random random(15);
-                const std::vector<int8_t> q = random.activations(2, k, value, value);
-                const std::vector<int32_t> sums = row_sums(q, 2);
-                const std::vector<int32_t> expected(8, code * value * static_cast<int32_t>(k));
-                on_each([&](const Kernels& kernels, const std::string& label) {
-                    std::vector<int32_t> acc(8);
-                    kernels.ternary_matmul(packed.data(), 4, k, q.data(), sums.data(), 2,
-                                           acc.data(), 4);
-                    CHECK_WITH(same_bits(acc, expected), label << " k " << k << " code " << code);
-                    kernels.ternary_matvec(packed.data(), 4, k, q.data(), sums[0], acc.data());
-                    CHECK_WITH(same_bits(acc, expected), label << " k " << k << " code " << code);
-                });
-            }
-        }
-    }
-}
-
 TEST(dense_products_are_the_same_everywhere) {
     Random random(16);
     for (const ValueType type : TYPES) {
@@ -151,18 +92,12 @@ TEST(dense_products_are_the_same_everywhere) {
                 std::vector<std::byte> w = random.stored(type, rows * n);
                 w.insert(w.begin(), std::byte{});
                 const std::vector<float> x = random.numbers(n);
-                std::vector<float> expected = guarded<float>(rows), scores = guarded<float>(rows);
+                std::vector<float> expected = guarded<float>(rows);
                 scalar_kernels.dense_matvec(&w[1], type, rows, n, x.data(), expected.data());
-                scalar_kernels.attention_scores(x.data(), &w[1], type, rows, n, 0.125f,
-                                                scores.data());
                 on_each([&](const Kernels& kernels, const std::string& label) {
                     std::vector<float> out = guarded<float>(rows);
                     kernels.dense_matvec(&w[1], type, rows, n, x.data(), out.data());
                     CHECK_WITH(same_bits(out, expected),
-                               label << " type " << int(type) << " rows " << rows << " n " << n);
-                    out = guarded<float>(rows);
-                    kernels.attention_scores(x.data(), &w[1], type, rows, n, 0.125f, out.data());
-                    CHECK_WITH(same_bits(out, scores),
                                label << " type " << int(type) << " rows " << rows << " n " << n);
                 });
             }
@@ -171,14 +106,13 @@ TEST(dense_products_are_the_same_everywhere) {
 }
 
 TEST(every_half_and_bfloat16_value_is_read_alike) {
-    const float one = 1.0f;
     for (const ValueType type : {ValueType::BF16, ValueType::F16}) {
         std::vector<uint16_t> bits(0x10000);
         for (size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint16_t>(i);
         on_each([&](const Kernels& kernels, const std::string& label) {
             std::vector<float> values(bits.size()), expected(bits.size());
-            scalar_kernels.weighted_sum(&one, bits.data(), type, 1, bits.size(), expected.data());
-            kernels.weighted_sum(&one, bits.data(), type, 1, bits.size(), values.data());
+            scalar_kernels.widen(bits.data(), type, bits.size(), expected.data());
+            kernels.widen(bits.data(), type, bits.size(), values.data());
             for (size_t i = 0; i < bits.size(); ++i)
                 CHECK_WITH(values[i] == expected[i] ||
                                (values[i] != values[i] && expected[i] != expected[i]),
@@ -187,22 +121,96 @@ TEST(every_half_and_bfloat16_value_is_read_alike) {
     }
 }
 
-TEST(weighted_sum_is_the_same_everywhere) {
-    Random random(17);
+TEST(widening_is_the_same_everywhere) {
+    Random random(21);
     for (const ValueType type : TYPES) {
         for (const size_t n : LENGTHS) {
-            for (const size_t count : {1, 2, 31, 32}) {
-                if (n > 640 && count > 2) continue;
-                const std::vector<std::byte> v = random.stored(type, count * n);
-                const std::vector<float> p = random.numbers(count);
-                std::vector<float> expected = guarded<float>(n);
-                scalar_kernels.weighted_sum(p.data(), v.data(), type, count, n, expected.data());
+            const std::vector<std::byte> values = random.stored(type, n);
+            std::vector<float> expected = guarded<float>(n);
+            scalar_kernels.widen(values.data(), type, n, expected.data());
+            on_each([&](const Kernels& kernels, const std::string& label) {
+                std::vector<float> out = guarded<float>(n);
+                kernels.widen(values.data(), type, n, out.data());
+                CHECK_WITH(same_bits(out, expected), label << " type " << int(type) << " n " << n);
+            });
+        }
+    }
+}
+
+TEST(attention_scores_are_the_same_everywhere) {
+    Random random(22);
+    for (const ValueType type : TYPES) {
+        for (const size_t n : HEAD_DIMS) {
+            for (const size_t queries : {1, 2, 3, 4, 5, 8, 9}) {
+                const std::vector<std::byte> keys = random.stored(type, KV_BLOCK_SIZE * n);
+                const std::vector<float> q = random.numbers(queries * n);
+                std::vector<float> expected = guarded<float>(queries * KV_BLOCK_SIZE);
+                scalar_kernels.attention_scores(q.data(), queries, keys.data(), type, n, 0.125f,
+                                                expected.data());
                 on_each([&](const Kernels& kernels, const std::string& label) {
-                    std::vector<float> out = guarded<float>(n);
-                    kernels.weighted_sum(p.data(), v.data(), type, count, n, out.data());
-                    CHECK_WITH(same_bits(out, expected),
-                               label << " type " << int(type) << " count " << count << " n " << n);
+                    std::vector<float> out = guarded<float>(queries * KV_BLOCK_SIZE);
+                    kernels.attention_scores(q.data(), queries, keys.data(), type, n, 0.125f,
+                                             out.data());
+                    CHECK_WITH(same_bits(out, expected), label << " type " << int(type) << " n "
+                                                               << n << " queries " << queries);
                 });
+            }
+        }
+    }
+}
+
+TEST(block_weights_are_the_same_everywhere) {
+    Random random(23);
+    for (size_t begin = 0; begin < KV_BLOCK_SIZE; ++begin) {
+        for (size_t end = begin + 1; end <= KV_BLOCK_SIZE; ++end) {
+            std::vector<float> scores = random.numbers(KV_BLOCK_SIZE);
+            if (end % 3 == 0) scores[begin] = -std::numeric_limits<float>::infinity();
+            // What lies outside is not looked at.
+            if (begin > 0) scores[begin - 1] = std::numeric_limits<float>::infinity();
+            if (end < KV_BLOCK_SIZE) scores[end] = std::numeric_limits<float>::quiet_NaN();
+            if (end == begin + 1) scores[begin] = 3.0f;
+            scores.resize(KV_BLOCK_SIZE + GUARD, 77.0f);
+            std::vector<float> expected = scores;
+            float expected_total;
+            const float expected_highest =
+                scalar_kernels.block_weights(expected.data(), begin, end, &expected_total);
+            on_each([&](const Kernels& kernels, const std::string& label) {
+                std::vector<float> w = scores;
+                float total = -1.0f;
+                const float highest = kernels.block_weights(w.data(), begin, end, &total);
+                CHECK_WITH(highest == expected_highest && total == expected_total,
+                           label << " " << begin << " .. " << end);
+                CHECK_WITH(same_bits(w, expected), label << " " << begin << " .. " << end);
+            });
+        }
+    }
+}
+
+TEST(weighted_values_are_the_same_everywhere) {
+    Random random(17);
+    for (const ValueType type : TYPES) {
+        for (const size_t n : HEAD_DIMS) {
+            for (const size_t queries : {1, 2, 4, 5, 9}) {
+                const std::vector<std::byte> values = random.stored(type, KV_BLOCK_SIZE * n);
+                const std::vector<float> w = random.numbers(queries * KV_BLOCK_SIZE);
+                const std::vector<float> keep = random.numbers(queries),
+                                         join = random.numbers(queries);
+                std::vector<float> before = random.numbers(queries * n);
+                before.resize(queries * n + GUARD, 77.0f);
+                for (const auto& [begin, end] :
+                     {std::pair<size_t, size_t>{0, 32}, {0, 1}, {3, 31}, {31, 32}}) {
+                    std::vector<float> expected = before;
+                    scalar_kernels.weighted_values(w.data(), queries, values.data(), type, begin,
+                                                   end, n, keep.data(), join.data(),
+                                                   expected.data());
+                    on_each([&](const Kernels& kernels, const std::string& label) {
+                        std::vector<float> out = before;
+                        kernels.weighted_values(w.data(), queries, values.data(), type, begin, end,
+                                                n, keep.data(), join.data(), out.data());
+                        CHECK_WITH(same_bits(out, expected), label << " type " << int(type) << " n "
+                                                                   << n << " queries " << queries);
+                    });
+                }
             }
         }
     }

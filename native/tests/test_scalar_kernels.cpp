@@ -33,6 +33,7 @@ float naive_value(ValueType type, const std::byte* at) {
         std::memcpy(&value, at, 4);
         return value;
     }
+    if (type == ValueType::I8) return static_cast<float>(std::to_integer<int8_t>(*at));
     uint16_t bits;
     std::memcpy(&bits, at, 2);
     const int exponent_bits = type == ValueType::BF16 ? 8 : 5, fraction_bits = 15 - exponent_bits;
@@ -47,9 +48,9 @@ float naive_value(ValueType type, const std::byte* at) {
            static_cast<float>(std::ldexp(whole, std::max(exponent, 1) - bias - fraction_bits));
 }
 
-size_t size_of(ValueType type) { return type == ValueType::F32 ? 4 : 2; }
+size_t size_of(ValueType type) { return VALUE_BYTES[static_cast<size_t>(type)]; }
 
-constexpr ValueType TYPES[] = {ValueType::F32, ValueType::BF16, ValueType::F16};
+constexpr ValueType TYPES[] = {ValueType::F32, ValueType::BF16, ValueType::F16, ValueType::I8};
 
 std::vector<float> values_of(ValueType type, const std::vector<std::byte>& bytes) {
     std::vector<float> values;
@@ -102,7 +103,7 @@ TEST(quantize_rounds_half_to_even) {
     // a = 127 / 127 = 1, so that the values are their own codes.
     const std::vector<float> x = {127.0f, 0.5f,  1.5f,        2.5f,  -0.5f,
                                   -1.5f,  -2.5f, 0.49999997f, 126.5f};
-    std::vector<int8_t> q(256);
+    std::vector<int8_t> q(padded_columns(9));
     int32_t sum;
     CHECK(scalar.quantize(x.data(), x.size(), q.data(), &sum) == 1.0f);
     const std::vector<int8_t> expected = {127, 0, 2, 2, 0, -2, -2, 0, 126};
@@ -112,35 +113,10 @@ TEST(quantize_rounds_half_to_even) {
 
 TEST(quantize_of_zeros_is_zero) {
     const std::vector<float> x(5, 0.0f);
-    std::vector<int8_t> q(256, 1);
+    std::vector<int8_t> q(padded_columns(5), 1);
     int32_t sum = 1;
     CHECK(scalar.quantize(x.data(), 5, q.data(), &sum) == 127.0f / 1e-5f);
-    CHECK(sum == 0 && same_bits(q, std::vector<int8_t>(256, 0)));
-}
-
-TEST(ternary_products_are_exact) {
-    Random random(3);
-    constexpr size_t ROWS = 3, TOKENS = 2;
-    for (const size_t k : LENGTHS) {
-        const std::vector<int8_t> codes = random.codes(ROWS * k), q = random.activations(TOKENS, k);
-        const std::vector<uint8_t> packed = pack_rows(codes, ROWS, k);
-        const std::vector<int32_t> sums = row_sums(q, TOKENS);
-        constexpr size_t STRIDE = ROWS + 2;
-        std::vector<int32_t> expected(TOKENS * STRIDE, -7), acc(TOKENS * STRIDE, -7), single(ROWS);
-        for (size_t t = 0; t < TOKENS; ++t) {
-            for (size_t r = 0; r < ROWS; ++r) {
-                int32_t sum = 0;
-                for (size_t i = 0; i < k; ++i)
-                    sum += codes[r * k + i] * q[t * padded_columns(k) + i];
-                expected[t * STRIDE + r] = sum;
-            }
-        }
-        scalar.ternary_matmul(packed.data(), ROWS, k, q.data(), sums.data(), TOKENS, acc.data(),
-                              STRIDE);
-        CHECK_WITH(same_bits(acc, expected), "k " << k);
-        scalar.ternary_matvec(packed.data(), ROWS, k, q.data(), sums[0], single.data());
-        CHECK_WITH(same_bits(single, {expected.begin(), expected.begin() + ROWS}), "k " << k);
-    }
+    CHECK(sum == 0 && same_bits(q, std::vector<int8_t>(q.size(), 0)));
 }
 
 TEST(every_half_and_bfloat16_value_is_read_exactly) {
@@ -165,36 +141,72 @@ TEST(dense_products_follow_their_formula) {
         for (const size_t n : LENGTHS) {
             const std::vector<std::byte> w = random.stored(type, ROWS * n);
             const std::vector<float> values = values_of(type, w), x = random.numbers(n);
-            std::vector<float> expected(ROWS), scaled(ROWS), out(ROWS);
+            std::vector<float> expected(ROWS), out(ROWS), widened(ROWS * n);
             for (size_t r = 0; r < ROWS; ++r) {
                 std::vector<float> products(n);
                 for (size_t i = 0; i < n; ++i) products[i] = values[r * n + i] * x[i];
                 expected[r] = naive_lane_sum(products);
-                scaled[r] = expected[r] * 0.3f;
             }
             scalar.dense_matvec(w.data(), type, ROWS, n, x.data(), out.data());
             CHECK_WITH(same_bits(out, expected), "type " << int(type) << " n " << n);
-            scalar.attention_scores(x.data(), w.data(), type, ROWS, n, 0.3f, out.data());
-            CHECK_WITH(same_bits(out, scaled), "type " << int(type) << " n " << n);
+            scalar.widen(w.data(), type, ROWS * n, widened.data());
+            CHECK_WITH(same_bits(widened, values), "type " << int(type) << " n " << n);
         }
     }
 }
 
-TEST(weighted_sum_adds_rows_in_order) {
+TEST(attention_follows_its_formulas) {
     Random random(5);
+    constexpr size_t QUERIES = 3, BEGIN = 2, END = 30;
     for (const ValueType type : TYPES) {
-        for (const size_t n : LENGTHS) {
-            constexpr size_t COUNT = 5;
-            const std::vector<std::byte> v = random.stored(type, COUNT * n);
-            const std::vector<float> values = values_of(type, v), p = random.numbers(COUNT);
-            std::vector<float> expected(n, 0.0f), out(n, -7.0f);
-            for (size_t i = 0; i < n; ++i)
-                for (size_t j = 0; j < COUNT; ++j)
-                    expected[i] = expected[i] + p[j] * values[j * n + i];
-            scalar.weighted_sum(p.data(), v.data(), type, COUNT, n, out.data());
-            CHECK_WITH(same_bits(out, expected), "type " << int(type) << " n " << n);
+        for (const size_t n : {1, 6, 16, 22, 128}) {
+            const std::vector<std::byte> stored = random.stored(type, KV_BLOCK_SIZE * n);
+            const std::vector<float> b = values_of(type, stored), q = random.numbers(QUERIES * n);
+            std::vector<float> expected(QUERIES * KV_BLOCK_SIZE), scores(expected.size());
+            for (size_t i = 0; i < QUERIES; ++i) {
+                for (size_t j = 0; j < KV_BLOCK_SIZE; ++j) {
+                    float sum = 0.0f;
+                    for (size_t d = 0; d < n; ++d)
+                        sum = sum + q[i * n + d] * b[d * KV_BLOCK_SIZE + j];
+                    expected[i * KV_BLOCK_SIZE + j] = sum * 0.3f;
+                }
+            }
+            scalar.attention_scores(q.data(), QUERIES, stored.data(), type, n, 0.3f, scores.data());
+            CHECK_WITH(same_bits(scores, expected), "type " << int(type) << " n " << n);
+
+            const std::vector<float> w = random.numbers(QUERIES * KV_BLOCK_SIZE);
+            const std::vector<float> keep = random.numbers(QUERIES), join = random.numbers(QUERIES);
+            std::vector<float> merged = random.numbers(QUERIES * n), out = merged;
+            for (size_t i = 0; i < QUERIES; ++i) {
+                for (size_t d = 0; d < n; ++d) {
+                    float sum = 0.0f;
+                    for (size_t j = BEGIN; j < END; ++j)
+                        sum = sum + w[i * KV_BLOCK_SIZE + j] * b[j * n + d];
+                    merged[i * n + d] = merged[i * n + d] * keep[i] + sum * join[i];
+                }
+            }
+            scalar.weighted_values(w.data(), QUERIES, stored.data(), type, BEGIN, END, n,
+                                   keep.data(), join.data(), out.data());
+            CHECK_WITH(same_bits(out, merged), "type " << int(type) << " n " << n);
         }
     }
+}
+
+TEST(block_weights_are_a_softmax_of_what_is_seen) {
+    Random random(7);
+    constexpr size_t BEGIN = 3, END = 20;
+    std::vector<float> w(KV_BLOCK_SIZE), expected(KV_BLOCK_SIZE, 0.0f);
+    for (float& score : w) score = static_cast<float>(random.integer(-900, 900)) * 0.01f;
+    const std::vector<float> scores = w;
+    float highest = scores[BEGIN], total;
+    for (size_t j = BEGIN; j < END; ++j) highest = std::max(highest, scores[j]);
+    for (size_t j = BEGIN; j < END; ++j) {
+        expected[j] = scores[j];
+        scalar.exp_shifted(&expected[j], 1, highest);
+    }
+    CHECK(scalar.block_weights(w.data(), BEGIN, END, &total) == highest);
+    CHECK(same_bits(w, expected));
+    CHECK(total == naive_lane_sum(expected));
 }
 
 TEST(exp_is_accurate_and_ends_where_it_says) {

@@ -21,6 +21,7 @@ from bitllm.errors import (
 __all__ = ["CpuBackend", "memory_plan"]
 
 _LARGEST_INPUT = (1 << 24) // 127  # int32 accumulators pass through float32, exact up to 2^24
+_KV_TYPES = {"bf16": "bf16", "fp32": "f32", "int8": "i8"}  # the names of the native code
 _TERNARY_BLOCK = 256  # weights; the kernels pad rows to whole blocks
 
 
@@ -68,7 +69,7 @@ def _empty_decoder(
             norm_eps=spec.norm_eps,
             embedding_scale=spec.embedding_scale,
             kv_blocks=kv_blocks,
-            kv_dtype="f32" if options.kv_dtype == "fp32" else "bf16",
+            kv_dtype=_KV_TYPES[options.kv_dtype],
             threads=threads,
             max_batch_tokens=options.max_batch_tokens,
         )

@@ -15,6 +15,7 @@ head give the same bits as the native decoder. What does not change the result i
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ from bitllm.backends.base import (
     StepOutput,
     check_batch,
 )
-from bitllm.backends.reference.attention import KvCache, Stored
+from bitllm.backends.reference.attention import KvCache
 from bitllm.backends.reference.layer import Layer, rms_norm
 from bitllm.backends.reference.numerics import lane_sum
 from bitllm.backends.reference.sampling import draw_token, score_row
@@ -63,7 +64,7 @@ class ReferenceDecoder:
             kernel="numpy",
             threads=1,
             weight_bytes=self._weight_bytes(),
-            kv_bytes=sum(cache.keys.nbytes + cache.values.nbytes for cache in self._caches),
+            kv_bytes=sum(part.nbytes for part in self._storage()),
             scratch_bytes=0,
         )
 
@@ -141,8 +142,8 @@ class ReferenceDecoder:
         self._check_blocks(pairs)
         for source, destination in pairs:
             for cache in self._caches:
-                cache.keys[destination] = cache.keys[source]
-                cache.values[destination] = cache.values[source]
+                for part in cache.arrays():
+                    part[destination] = part[source]
 
     def read_blocks(self, blocks: I32) -> npt.NDArray[np.uint8]:
         """Return the stored bytes of some KV blocks, uint8 [n, bytes per block]."""
@@ -169,8 +170,8 @@ class ReferenceDecoder:
         """Free weights and KV storage; the decoder cannot be used afterwards."""
         self._layers, self._caches, self._blocks = [], [], 0
 
-    def _storage(self) -> list[Stored]:
-        return [part for cache in self._caches for part in (cache.keys, cache.values)]
+    def _storage(self) -> list[npt.NDArray[Any]]:
+        return [part for cache in self._caches for part in cache.arrays()]
 
     def _check_blocks(self, blocks: I32) -> None:
         if blocks.size and (blocks.min() < 0 or blocks.max() >= self._blocks):

@@ -9,7 +9,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LANES", "exp_f32", "gumbel_noise", "lane_sum", "log_f64", "philox4x32", "sincos_f64"]
+__all__ = [
+    "LANES",
+    "exp_f32",
+    "gumbel_noise",
+    "lane_sum",
+    "log_f64",
+    "ordered_sum",
+    "philox4x32",
+    "sincos_f64",
+]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -47,6 +56,20 @@ def lane_sum(products: F32) -> F32:
         width //= 2
         lanes = lanes[..., :width] + lanes[..., width : 2 * width]
     return lanes[..., 0]
+
+
+def ordered_sum(products: F32, axis: int) -> F32:
+    """Sum an axis one after another, beginning with 0: ((0 + p[0]) + p[1]) + ...
+
+    Args:
+        products: float32 [..., n, ...].
+        axis: the axis of n.
+
+    Returns:
+        float32, without that axis.
+    """
+    sums: F32 = np.add.accumulate(products, axis=axis, dtype=np.float32).take(-1, axis=axis)
+    return sums + np.float32(0.0)  # a sum that begins with 0 is never -0
 
 
 def exp_f32(x: F32) -> F32:
