@@ -222,7 +222,7 @@ void Decoder::prepare() {
 
 size_t Decoder::packed_bytes(LinearName name) const {
     size_t bytes = 0;
-    for (const Layer& layer : layers_) bytes += layer.linear(name).packed.bytes();
+    for (const Layer& layer : layers_) bytes += layer.linear(name).packed.size();
     return bytes;
 }
 
