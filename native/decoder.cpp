@@ -64,11 +64,6 @@ void Decoder::set_embedding(DenseMatrix embedding) {
     embedding_ = embedding;
 }
 
-void Decoder::set_head(DenseMatrix head) {
-    demand_building();
-    head_ = head;
-}
-
 size_t Decoder::add_layer(LayerConfig config) {
     demand_building();
     demand(config.heads > 0 && config.kv_heads > 0 && config.head_dim > 0 &&
@@ -225,6 +220,12 @@ void Decoder::prepare() {
     std::fill_n(last_writer_, runtime_.kv_blocks, uint64_t{0});
 }
 
+size_t Decoder::packed_bytes(LinearName name) const {
+    size_t bytes = 0;
+    for (const Layer& layer : layers_) bytes += layer.linear(name).packed.size();
+    return bytes;
+}
+
 size_t Decoder::weight_bytes() const {
     size_t floats = final_norm_.size(), bytes = 0;
     for (const Layer& layer : layers_) {
@@ -234,6 +235,7 @@ size_t Decoder::weight_bytes() const {
             bytes += linear.packed.size() + linear.kept.size() * sizeof(uint32_t);
         }
     }
+    if (rounded_head_) bytes += rounded_head_->bytes();
     return bytes + floats * sizeof(float);
 }
 

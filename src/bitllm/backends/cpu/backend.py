@@ -63,7 +63,7 @@ class CpuBackend:
         _refuse_too_large(checkpoint, kv_blocks, options.kv_dtype, packing)
         try:
             native = _empty_decoder(spec, options, isa, threads, kv_blocks, packing)
-            dense_bytes = _load_tensors(native, checkpoint)
+            dense_bytes = _load_tensors(native, checkpoint, options.head)
             native.prepare()
             checkpoint.release()
         except MemoryError as error:
@@ -147,13 +147,13 @@ def _refuse_too_large(
         )
 
 
-def _load_tensors(native: _native.Decoder, checkpoint: Checkpoint) -> int:
+def _load_tensors(native: _native.Decoder, checkpoint: Checkpoint, head_kind: str) -> int:
     """Hand every tensor to the native decoder; returns the bytes of embedding and head."""
     spec = checkpoint.spec
     embed = checkpoint.dense("embed")
     head = embed if spec.tied_head else checkpoint.dense("head")
     native.set_embedding(_bytes(embed), embed.dtype)
-    native.set_head(_bytes(head), head.dtype)
+    native.set_head(_bytes(head), head.dtype, head_kind)
     native.set_final_norm(_vector(checkpoint, "final_norm"))
     for index, layer in enumerate(spec.layers):
         native.add_layer(
