@@ -31,6 +31,16 @@
 namespace bitllm {
 namespace {
 
+// Before a loop over registers of an array: GCC 12 keeps them in memory unless such loops are
+// unrolled early.
+#if defined(__clang__)
+#define BITLLM_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define BITLLM_UNROLL _Pragma("GCC unroll 8")
+#else
+#define BITLLM_UNROLL
+#endif
+
 constexpr size_t WIDTH = 64;  // bytes of a register
 static_assert(BLOCK_BYTES == WIDTH);
 
@@ -51,6 +61,15 @@ inline void prefetch(const uint8_t* at) {
     const uintptr_t ahead =
         reinterpret_cast<uintptr_t>(at) + PREFETCH_BYTES;  // may lie behind the weights
     _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+}
+
+// sum_i32x16 plus the sums of groups of four products u * i. The assembly, which is empty, says
+// that the sum stays where it is: without it, GCC 12 copies it to and fro.
+inline void add_products(__m512i& sum_i32x16, __m512i u8x64, __m512i i8x64) {
+    sum_i32x16 = _mm512_dpbusd_epi32(sum_i32x16, u8x64, i8x64);
+#if defined(__GNUC__) && !defined(BITLLM_EMULATE_AVX512)
+    __asm__("" : "+v"(sum_i32x16));
+#endif
 }
 
 // (a) + (b) of neighbours: (a0 + a2, b0 + b2, a1 + a3, b1 + b3) of each 128 bits.
@@ -94,25 +113,24 @@ inline void two_bit_tile(const uint8_t* packed, size_t stride, size_t blocks, co
                          int32_t q_sum, int32_t* acc) {
     constexpr size_t PARTS = 4;
     __m512i sums[PARTS][ROWS], bits[PARTS];
-    for (size_t p = 0; p < PARTS; ++p) {
+    BITLLM_UNROLL for (size_t p = 0; p < PARTS; ++p) {
         bits[p] = _mm512_set1_epi8(static_cast<char>(3 << (2 * p)));
-        for (size_t r = 0; r < ROWS; ++r) sums[p][r] = _mm512_setzero_si512();
+        BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) sums[p][r] = _mm512_setzero_si512();
     }
     for (size_t block = 0; block < blocks; ++block, q += PARTS * WIDTH) {
         __m512i q_i8x64[PARTS];
-        for (size_t p = 0; p < PARTS; ++p) q_i8x64[p] = load_x64(q + p * WIDTH);
-        for (size_t r = 0; r < ROWS; ++r) {
+        BITLLM_UNROLL for (size_t p = 0; p < PARTS; ++p) q_i8x64[p] = load_x64(q + p * WIDTH);
+        BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
             const uint8_t* at = packed + r * stride + block * WIDTH;
             prefetch(at);
             const __m512i bytes_u8x64 = load_x64(at);
-            for (size_t p = 0; p < PARTS; ++p)
-                sums[p][r] = _mm512_dpbusd_epi32(sums[p][r], _mm512_and_si512(bytes_u8x64, bits[p]),
-                                                 q_i8x64[p]);
+            BITLLM_UNROLL for (size_t p = 0; p < PARTS; ++p)
+                add_products(sums[p][r], _mm512_and_si512(bytes_u8x64, bits[p]), q_i8x64[p]);
         }
     }
-    for (size_t p = PARTS - 1; p > 0; --p)
-        for (size_t r = 0; r < ROWS; ++r)
-            sums[p - 1][r] = _mm512_add_epi32(sums[p - 1][r], _mm512_srai_epi32(sums[p][r], 2));
+    BITLLM_UNROLL for (size_t p = PARTS - 1; p > 0; --p)
+        BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) sums[p - 1][r] =
+            _mm512_add_epi32(sums[p - 1][r], _mm512_srai_epi32(sums[p][r], 2));
     store_sums<ROWS>(sums[0], q_sum, acc);
 }
 
@@ -130,22 +148,22 @@ inline void base3_tile(const uint8_t* packed, size_t stride, size_t blocks, cons
                        int32_t q_sum, int32_t* acc) {
     constexpr size_t PARTS = 5;
     __m512i sums[ROWS], next_sums[ROWS];
-    for (size_t r = 0; r < ROWS; ++r) sums[r] = next_sums[r] = _mm512_setzero_si512();
+    BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) sums[r] = next_sums[r] = _mm512_setzero_si512();
     for (size_t block = 0; block < blocks; ++block, q += PARTS * WIDTH) {
         __m512i q_i8x64[PARTS];
-        for (size_t p = 0; p < PARTS; ++p) q_i8x64[p] = load_x64(q + p * WIDTH);
-        for (size_t r = 0; r < ROWS; ++r) {
+        BITLLM_UNROLL for (size_t p = 0; p < PARTS; ++p) q_i8x64[p] = load_x64(q + p * WIDTH);
+        BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
             const uint8_t* at = packed + r * stride + block * WIDTH;
             prefetch(at);
             __m512i v_u8x64 = load_x64(at);
-            for (size_t p = 0; p < PARTS; ++p) {
-                sums[r] = _mm512_dpbusd_epi32(sums[r], v_u8x64, q_i8x64[p]);
+            BITLLM_UNROLL for (size_t p = 0; p < PARTS; ++p) {
+                add_products(sums[r], v_u8x64, q_i8x64[p]);
                 v_u8x64 = tripled(v_u8x64);
-                next_sums[r] = _mm512_dpbusd_epi32(next_sums[r], v_u8x64, q_i8x64[p]);
+                add_products(next_sums[r], v_u8x64, q_i8x64[p]);
             }
         }
     }
-    for (size_t r = 0; r < ROWS; ++r) {
+    BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
         const __m512i thrice = _mm512_add_epi32(_mm512_slli_epi32(sums[r], 1), sums[r]);
         sums[r] = _mm512_srai_epi32(_mm512_sub_epi32(thrice, next_sums[r]), 8);
     }
@@ -185,7 +203,7 @@ inline void base3_codes(__m512i v_u8x64, uint8_t* codes) {
     const __m512i one = _mm512_set1_epi8(1);
     const __m512i third = _mm512_set1_epi8(86),
                   two_thirds = _mm512_set1_epi8(static_cast<char>(171));
-    for (size_t p = 0; p < 5; ++p) {
+    BITLLM_UNROLL for (size_t p = 0; p < 5; ++p) {
         const __m512i first = _mm512_maskz_mov_epi8(_mm512_cmpge_epu8_mask(v_u8x64, third), one);
         const __mmask64 twice = _mm512_cmpge_epu8_mask(v_u8x64, two_thirds);
         store_x64(codes + p * WIDTH, _mm512_mask_add_epi8(first, twice, first, one));
@@ -219,11 +237,11 @@ template <size_t ROWS, size_t TOKENS, class Load>
 inline void add_columns(__m512i (&sums)[TOKENS][ROWS], const uint8_t* codes, size_t codes_stride,
                         const int8_t* q, size_t q_stride, Load load) {
     __m512i codes_u8x64[ROWS];
-    for (size_t r = 0; r < ROWS; ++r) codes_u8x64[r] = load(codes + r * codes_stride);
-    for (size_t t = 0; t < TOKENS; ++t) {
+    BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) codes_u8x64[r] = load(codes + r * codes_stride);
+    BITLLM_UNROLL for (size_t t = 0; t < TOKENS; ++t) {
         const __m512i q_i8x64 = load(q + t * q_stride);
-        for (size_t r = 0; r < ROWS; ++r)
-            sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], codes_u8x64[r], q_i8x64);
+        BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r)
+            add_products(sums[t][r], codes_u8x64[r], q_i8x64);
     }
 }
 
@@ -233,13 +251,14 @@ template <size_t ROWS, size_t TOKENS>
 inline void codes_tile(const uint8_t* codes, size_t codes_stride, size_t k, const int8_t* q,
                        size_t q_stride, const int32_t* q_sums, int32_t* acc, size_t acc_stride) {
     __m512i sums[TOKENS][ROWS];
-    for (size_t t = 0; t < TOKENS; ++t)
-        for (size_t r = 0; r < ROWS; ++r) sums[t][r] = _mm512_setzero_si512();
+    BITLLM_UNROLL for (size_t t = 0; t < TOKENS; ++t)
+        BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) sums[t][r] = _mm512_setzero_si512();
     size_t i = 0;
     for (; i + WIDTH <= k; i += WIDTH)
         add_columns(sums, codes + i, codes_stride, q + i, q_stride, load_x64);
     if (i < k) add_columns(sums, codes + i, codes_stride, q + i, q_stride, load_x32);
-    for (size_t t = 0; t < TOKENS; ++t) store_sums<ROWS>(sums[t], q_sums[t], acc + t * acc_stride);
+    BITLLM_UNROLL for (size_t t = 0; t < TOKENS; ++t)
+        store_sums<ROWS>(sums[t], q_sums[t], acc + t * acc_stride);
 }
 
 // All rows by TOKENS tokens, which stay in the nearest cache while the rows pass by.
@@ -286,9 +305,8 @@ struct ScreenSums {
     __m512i low_half_i32x16, high_half_i32x16;
 
     void add_step(__m512i low_half_u8x64, __m512i high_half_u8x64, const int8_t* q) {
-        low_half_i32x16 = _mm512_dpbusd_epi32(low_half_i32x16, low_half_u8x64, broadcast_four(q));
-        high_half_i32x16 =
-            _mm512_dpbusd_epi32(high_half_i32x16, high_half_u8x64, broadcast_four(q + 4));
+        add_products(low_half_i32x16, low_half_u8x64, broadcast_four(q));
+        add_products(high_half_i32x16, high_half_u8x64, broadcast_four(q + 4));
     }
     __m512i total() const {
         return _mm512_add_epi32(low_half_i32x16, _mm512_srai_epi32(high_half_i32x16, 4));
