@@ -1,6 +1,7 @@
 // The computation of one step. All workers run run_step() together; a barrier ends each stage, and
 // within a stage workers take disjoint tokens, heads or rows of a matrix.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -67,11 +68,12 @@ size_t Decoder::plan_scratch(Arena* arena) {
         own.row = plan.take<float>(input_width);
         own.normed = plan.take<float>(own_norms ? input_width : 0);
         own.accumulators = plan.take<int32_t>(ACCUMULATORS);
-        own.codes = plan.take<uint8_t>(32 * padded_columns(input_width));
+        own.codes = plan.take<uint8_t>(ROW_TILE * padded_columns(input_width));
         own.requests = plan.take<Request>(logit_rows_);
         if (arena) own.sampler.emplace(kernels_, model_.vocab, *arena);
         plan.bytes += Sampler::scratch_bytes(model_.vocab);
     }
+    if (screen_) plan.bytes += screen_->take_scratch(arena, logit_rows_);
     plan_attention(plan);
     return plan.bytes;
 }
@@ -96,7 +98,10 @@ void Decoder::forward(const StepInput& input, const StepOutput& output) {
     shares_chunks_ = plan_chunks();
     pool_ = &pool_for(input);
     spoilt_layer_.store(layers_.size(), std::memory_order_relaxed);
+    const auto start = std::chrono::steady_clock::now();
     pool_->parallel([this](int worker, int) { run_step(worker); });
+    step_seconds_ +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     const size_t spoilt = spoilt_layer_.load(std::memory_order_relaxed);
     if (spoilt < layers_.size())
         throw std::overflow_error("layer " + std::to_string(spoilt) +
@@ -151,6 +156,12 @@ void Decoder::end_stage(Stage stage, int worker) {
 void Decoder::measure_stages(bool on) {
     const std::lock_guard lock(mutex_);
     for (StageClock& clock : clocks_) clock.enable(on);
+    step_seconds_ = 0;
+}
+
+double Decoder::step_seconds() {
+    const std::lock_guard lock(mutex_);
+    return step_seconds_;
 }
 
 std::array<double, STAGE_COUNT> Decoder::stage_seconds() {

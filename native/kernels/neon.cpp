@@ -127,15 +127,14 @@ inline F32x16 load_stored_part(const uint8_t* at, size_t count) {
 
 // 16 lanes -> 8 -> 4 -> 2 -> 1, the upper half added to the lower half.
 inline float sum_lanes(F32x16 sum) {
-    const float32x4_t sum_f32x4 = vaddq_f32(vaddq_f32(sum.part[0], sum.part[2]),
-                                            vaddq_f32(sum.part[1], sum.part[3]));
+    const float32x4_t sum_f32x4 =
+        vaddq_f32(vaddq_f32(sum.part[0], sum.part[2]), vaddq_f32(sum.part[1], sum.part[3]));
     const float32x2_t sum_f32x2 = vadd_f32(vget_low_f32(sum_f32x4), vget_high_f32(sum_f32x4));
     return vget_lane_f32(sum_f32x2, 0) + vget_lane_f32(sum_f32x2, 1);
 }
 
 inline float highest_lane(F32x16 x) {
-    return vmaxvq_f32(
-        vmaxq_f32(vmaxq_f32(x.part[0], x.part[1]), vmaxq_f32(x.part[2], x.part[3])));
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.part[0], x.part[1]), vmaxq_f32(x.part[2], x.part[3])));
 }
 
 void rms_norm(const float* x, const float* gain, size_t n, float eps, float* y) {
@@ -183,9 +182,8 @@ inline int32x4_t sum_parts(I32x16 x) {
 
 // Of a new and an old value that of larger magnitude, the old one where the new one is NaN.
 inline F32x16 larger(F32x16 fresh, F32x16 old) {
-    return each(fresh, old, [](float32x4_t x, float32x4_t y) {
-        return vbslq_f32(vcagtq_f32(x, y), x, y);
-    });
+    return each(fresh, old,
+                [](float32x4_t x, float32x4_t y) { return vbslq_f32(vcagtq_f32(x, y), x, y); });
 }
 
 float quantize(const float* x, size_t n, int8_t* q, int32_t* q_sum) {
@@ -242,10 +240,12 @@ inline void dot_tile(const uint8_t* w, size_t n, const float* x, float* out) {
     }
     if (rest) {
         const F32x16 x_f32x16 = load_part(x + whole, rest);
+        F32x16 products[ROWS];  // apart from the sums, which would not stay in registers above
         for (size_t r = 0; r < ROWS; ++r) {
             const uint8_t* at = w + r * row_bytes + whole * Stored::BYTES;
-            sums[r] = sums[r] + load_stored_part<Stored>(at, rest) * x_f32x16;
+            products[r] = load_stored_part<Stored>(at, rest) * x_f32x16;
         }
+        for (size_t r = 0; r < ROWS; ++r) sums[r] = sums[r] + products[r];
     }
     for (size_t r = 0; r < ROWS; ++r) out[r] = sum_lanes(sums[r]);
 }
@@ -310,9 +310,9 @@ void weighted_values(const float* w, size_t queries, const void* values, ValueTy
             const auto merge = [&](F32x16 old, F32x16 sum, size_t i) {
                 return old * all(keep[first + i]) + sum * all(join[first + i]);
             };
-            F32x16 sums[QUERIES];
             size_t d = 0;
             for (; d + LANES <= n; d += LANES) {
+                F32x16 sums[QUERIES];
                 product_tile<Stored>(weights, KV_BLOCK_SIZE, begin, end, rows + d * Stored::BYTES,
                                      n * Stored::BYTES, sums);
                 for (size_t i = 0; i < QUERIES; ++i) {
@@ -321,6 +321,7 @@ void weighted_values(const float* w, size_t queries, const void* values, ValueTy
                 }
             }
             if (d == n) return;
+            F32x16 sums[QUERIES];
             product_tile<Stored, QUERIES, true>(weights, KV_BLOCK_SIZE, begin, end,
                                                 rows + d * Stored::BYTES, n * Stored::BYTES, sums,
                                                 n - d);
@@ -347,8 +348,7 @@ inline float32x4_t scale_power(float32x4_t p, float32x4_t n, float32x4_t x, floa
     const int32x4_t exponent_i32x4 = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
     const float32x4_t power = vreinterpretq_f32_s32(vshlq_n_s32(exponent_i32x4, 23));
     const uint32x4_t vanishes = vcltq_f32(x, vdupq_n_f32(lowest));
-    return vreinterpretq_f32_u32(
-        vbicq_u32(vreinterpretq_u32_f32(vmulq_f32(p, power)), vanishes));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(vmulq_f32(p, power)), vanishes));
 }
 
 // exp_f32 of numerics.h; a NaN passes through.
@@ -360,8 +360,7 @@ inline F32x16 exp_f32x16(F32x16 x) {
     const F32x16 r = (clamped - n * all(0.693359375f)) - n * all(-2.12194440e-4f);
     constexpr double FACTORIALS[] = {720, 120, 24, 6, 2, 1, 1};
     F32x16 p = all(static_cast<float>(1.0 / 5040));
-    for (const double factorial : FACTORIALS)
-        p = p * r + all(static_cast<float>(1.0 / factorial));
+    for (const double factorial : FACTORIALS) p = p * r + all(static_cast<float>(1.0 / factorial));
     return {{scale_power(p.part[0], n.part[0], x.part[0], LOWEST),
              scale_power(p.part[1], n.part[1], x.part[1], LOWEST),
              scale_power(p.part[2], n.part[2], x.part[2], LOWEST),
@@ -380,8 +379,8 @@ inline F32x16 inside(F32x16 values, size_t first, size_t begin, size_t end, floa
     const uint32x4_t begin_u32x4 = vdupq_n_u32(static_cast<uint32_t>(begin));
     const uint32x4_t end_u32x4 = vdupq_n_u32(static_cast<uint32_t>(end));
     for (size_t c = 0; c < 4; ++c) {
-        const uint32x4_t place_u32x4 = vaddq_u32(
-            vld1q_u32(LANE), vdupq_n_u32(static_cast<uint32_t>(first + c * REGISTER)));
+        const uint32x4_t place_u32x4 =
+            vaddq_u32(vld1q_u32(LANE), vdupq_n_u32(static_cast<uint32_t>(first + c * REGISTER)));
         const uint32x4_t is_inside =
             vandq_u32(vcgeq_u32(place_u32x4, begin_u32x4), vcltq_u32(place_u32x4, end_u32x4));
         values.part[c] = vbslq_f32(is_inside, values.part[c], vdupq_n_f32(other));
@@ -392,12 +391,10 @@ inline F32x16 inside(F32x16 values, size_t first, size_t begin, size_t end, floa
 float block_weights(float* w, size_t begin, size_t end, float* total) {
     static_assert(KV_BLOCK_SIZE == 2 * LANES);
     const F32x16 low = load(w), high = load(w + LANES);
-    const float highest = highest_lane(greater(inside(low, 0, begin, end, -INFINITY),
-                                               inside(high, LANES, begin, end, -INFINITY)));
-    const F32x16 low_powers =
-        inside(exp_f32x16(low - all(highest)), 0, begin, end, 0.0f);
-    const F32x16 high_powers =
-        inside(exp_f32x16(high - all(highest)), LANES, begin, end, 0.0f);
+    const float highest = highest_lane(
+        greater(inside(low, 0, begin, end, -INFINITY), inside(high, LANES, begin, end, -INFINITY)));
+    const F32x16 low_powers = inside(exp_f32x16(low - all(highest)), 0, begin, end, 0.0f);
+    const F32x16 high_powers = inside(exp_f32x16(high - all(highest)), LANES, begin, end, 0.0f);
     store(w, low_powers);
     store(w + LANES, high_powers);
     *total = sum_lanes(low_powers + high_powers);
@@ -459,7 +456,8 @@ void rescale(const int32_t* acc, size_t n, float a, const float* scale, size_t s
     const F32x16 shared = all(scale_stride ? 0.0f : *scale);
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        store(y + i, (load_as_floats(acc + i) / all(a)) * (scale_stride ? load(scale + i) : shared));
+        store(y + i,
+              (load_as_floats(acc + i) / all(a)) * (scale_stride ? load(scale + i) : shared));
     for (; i < n; ++i) y[i] = (static_cast<float>(acc[i]) / a) * scale[scale_stride * i];
 }
 

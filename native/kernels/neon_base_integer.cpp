@@ -17,8 +17,7 @@ inline int32x4_t dot(int32x4_t sums, int8x16_t a, int8x16_t b) {
 
 template <int GROUP>
 inline int32x4_t dot_group(int32x4_t sums, int8x16_t a, int8x16_t b) {
-    const int8x16_t group =
-        vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(b), GROUP));
+    const int8x16_t group = vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(b), GROUP));
     const int16x8_t pairs_i16x8 =
         vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(group)), vmull_high_s8(a, group));
     return vpadalq_s16(sums, pairs_i16x8);

@@ -63,8 +63,8 @@ namespace {
 //   pairs[step][p] = 8 bytes of row 2 p, then 8 of row 2 p + 1, of columns 8 * step ..
 // for TILE rows, those that are missing as zeros. A tile is then TILE tokens by TILE rows.
 constexpr size_t TILE = 8, PAIRS = TILE / 2;
-constexpr size_t PIECE = 512;         // columns laid out at a time
-constexpr size_t GROUP_TOKENS = 32;   // tokens laid out at a time: 16 KiB
+constexpr size_t PIECE = 512;        // columns laid out at a time
+constexpr size_t GROUP_TOKENS = 32;  // tokens laid out at a time: 16 KiB
 constexpr size_t STEP_BYTES = 8 * TILE;
 
 inline void lay_out_pairs(const int8_t* rows, size_t stride, size_t count, size_t columns,
@@ -94,23 +94,22 @@ inline void add_row(int32_t* acc, size_t rows, int64x2_t low_rows, int64x2_t hig
     for (size_t r = 0; r < rows; ++r) acc[r] += sums[r];
 }
 
-// Adds the products of `tokens` <= 2 * TOKEN_PAIRS tokens and `rows` <= TILE rows.
-template <size_t TOKEN_PAIRS>
-inline void pairs_tile(const int8_t* code_pairs, size_t rows, size_t columns,
-                       const int8_t* q_pairs, size_t tokens, int32_t* acc, size_t acc_stride) {
-    int32x4_t sums[TOKEN_PAIRS][PAIRS];  // tokens 2 t and 2 t + 1 by rows 2 r and 2 r + 1
-    for (size_t t = 0; t < TOKEN_PAIRS; ++t)
+// Adds the products of `tokens` and `rows`, both at most TILE.
+inline void pairs_tile(const int8_t* code_pairs, size_t rows, size_t columns, const int8_t* q_pairs,
+                       size_t tokens, int32_t* acc, size_t acc_stride) {
+    int32x4_t sums[PAIRS][PAIRS];  // tokens 2 t and 2 t + 1 by rows 2 r and 2 r + 1
+    for (size_t t = 0; t < PAIRS; ++t)
         for (size_t r = 0; r < PAIRS; ++r) sums[t][r] = vdupq_n_s32(0);
     for (size_t at = 0; at < columns * TILE; at += STEP_BYTES) {
         int8x16_t codes_i8x16[PAIRS];
         for (size_t r = 0; r < PAIRS; ++r) codes_i8x16[r] = vld1q_s8(code_pairs + at + 16 * r);
-        for (size_t t = 0; t < TOKEN_PAIRS; ++t) {
+        for (size_t t = 0; t < PAIRS; ++t) {
             const int8x16_t q_i8x16 = vld1q_s8(q_pairs + at + 16 * t);
             for (size_t r = 0; r < PAIRS; ++r)
                 sums[t][r] = vmmlaq_s32(sums[t][r], q_i8x16, codes_i8x16[r]);
         }
     }
-    for (size_t t = 0; t < TOKEN_PAIRS; ++t) {
+    for (size_t t = 0; t < PAIRS; ++t) {
         int64x2_t row_pairs[PAIRS];
         for (size_t r = 0; r < PAIRS; ++r) row_pairs[r] = vreinterpretq_s64_s32(sums[t][r]);
         int32_t* at = acc + 2 * t * acc_stride;
@@ -126,10 +125,15 @@ inline void pairs_tile(const int8_t* code_pairs, size_t rows, size_t columns,
 void codes_matmul_i8mm(const uint8_t* codes, size_t codes_stride, size_t rows, size_t k,
                        const int8_t* q, size_t q_stride, const int32_t* q_sums, size_t tokens,
                        int32_t* acc, size_t acc_stride) {
+    // To lay out codes for less than half a tile costs more than it saves.
+    const size_t rest = tokens % TILE <= PAIRS ? tokens % TILE : 0, paired = tokens - rest;
+    codes_matmul(codes, codes_stride, rows, k, q + paired * q_stride, q_stride, q_sums + paired,
+                 rest, acc + paired * acc_stride, acc_stride);
+
     alignas(16) int8_t q_pairs[GROUP_TOKENS * PIECE], code_pairs[TILE * PIECE];
-    for (size_t t = 0; t < tokens; ++t) std::fill_n(acc + t * acc_stride, rows, -q_sums[t]);
-    for (size_t first = 0; first < tokens; first += GROUP_TOKENS) {
-        const size_t last = std::min(first + GROUP_TOKENS, tokens);
+    for (size_t t = 0; t < paired; ++t) std::fill_n(acc + t * acc_stride, rows, -q_sums[t]);
+    for (size_t first = 0; first < paired; first += GROUP_TOKENS) {
+        const size_t last = std::min(first + GROUP_TOKENS, paired);
         for (size_t column = 0; column < k; column += PIECE) {
             const size_t columns = std::min(PIECE, k - column);
             for (size_t t = first; t < last; t += TILE)
@@ -138,19 +142,10 @@ void codes_matmul_i8mm(const uint8_t* codes, size_t codes_stride, size_t rows, s
             for (size_t r = 0; r < rows; r += TILE) {
                 lay_out_pairs(reinterpret_cast<const int8_t*>(codes + r * codes_stride + column),
                               codes_stride, rows - r, columns, code_pairs);
-                const auto tile = [&]<size_t TOKEN_PAIRS>(size_t t) {
-                    pairs_tile<TOKEN_PAIRS>(code_pairs, std::min(TILE, rows - r), columns,
-                                            q_pairs + (t - first) * PIECE, last - t,
-                                            acc + t * acc_stride + r, acc_stride);
-                };
-                for (size_t t = first; t < last; t += TILE) {
-                    if (last - t > 4)
-                        tile.template operator()<4>(t);
-                    else if (last - t > 2)
-                        tile.template operator()<2>(t);
-                    else
-                        tile.template operator()<1>(t);
-                }
+                for (size_t t = first; t < last; t += TILE)
+                    pairs_tile(code_pairs, std::min(TILE, rows - r), columns,
+                               q_pairs + (t - first) * PIECE, std::min(TILE, last - t),
+                               acc + t * acc_stride + r, acc_stride);
             }
         }
     }

@@ -85,20 +85,19 @@ struct Base3Sums {
     }
 };
 
-// ROWS rows at a time, so that each piece of q is read once for all of them.
+// ROWS rows at a time, so that each piece of q is read once for all of them. One loop over all
+// bytes: of one over blocks GCC unrolls the inner part and runs out of registers.
 template <class Sums, size_t ROWS>
-inline void matvec_tile(const uint8_t* packed, size_t stride, size_t blocks, const int8_t* q,
-                        int32_t q_sum, int32_t* acc) {
+inline void matvec_tile(const uint8_t* packed, size_t stride, const int8_t* q, int32_t q_sum,
+                        int32_t* acc) {
     Sums sums[ROWS];
     for (size_t r = 0; r < ROWS; ++r) sums[r] = Sums::zero();
-    for (size_t block = 0; block < blocks; ++block) {
-        for (size_t piece = 0; piece < BLOCK_BYTES; piece += 16) {
-            int8x16_t q_i8x16[Sums::PARTS];
-            for (size_t part = 0; part < Sums::PARTS; ++part)
-                q_i8x16[part] = vld1q_s8(q + (block * Sums::PARTS + part) * BLOCK_BYTES + piece);
-            for (size_t r = 0; r < ROWS; ++r)
-                sums[r].add(vld1q_u8(packed + r * stride + block * BLOCK_BYTES + piece), q_i8x16);
-        }
+    for (size_t at = 0; at < stride; at += 16) {
+        const size_t block = at / BLOCK_BYTES, piece = at % BLOCK_BYTES;
+        int8x16_t q_i8x16[Sums::PARTS];
+        for (size_t part = 0; part < Sums::PARTS; ++part)
+            q_i8x16[part] = vld1q_s8(q + (block * Sums::PARTS + part) * BLOCK_BYTES + piece);
+        for (size_t r = 0; r < ROWS; ++r) sums[r].add(vld1q_u8(packed + r * stride + at), q_i8x16);
     }
     for (size_t r = 0; r < ROWS; ++r) acc[r] = sums[r].total(q_sum);
 }
@@ -107,12 +106,11 @@ template <Packing PACKING, class Sums>
 void matvec(const uint8_t* packed, size_t rows, size_t k, const int8_t* q, int32_t q_sum,
             int32_t* acc) {
     static_assert(Sums::PARTS * BLOCK_BYTES == block_weights(PACKING));
-    const size_t stride = packed_row_bytes(PACKING, k), blocks = row_blocks(PACKING, k);
+    const size_t stride = packed_row_bytes(PACKING, k);
     size_t r = 0;
     for (; r + 4 <= rows; r += 4)
-        matvec_tile<Sums, 4>(packed + r * stride, stride, blocks, q, q_sum, acc + r);
-    for (; r < rows; ++r)
-        matvec_tile<Sums, 1>(packed + r * stride, stride, blocks, q, q_sum, acc + r);
+        matvec_tile<Sums, 4>(packed + r * stride, stride, q, q_sum, acc + r);
+    for (; r < rows; ++r) matvec_tile<Sums, 1>(packed + r * stride, stride, q, q_sum, acc + r);
 }
 
 // 16 bytes of a block to their codes, `BLOCK_BYTES` apart.
@@ -168,8 +166,7 @@ inline void codes_tile(const uint8_t* codes, size_t codes_stride, size_t k, cons
             codes_i8x16[r] = vreinterpretq_s8_u8(vld1q_u8(codes + r * codes_stride + i));
         for (size_t t = 0; t < TOKENS; ++t) {
             const int8x16_t q_i8x16 = vld1q_s8(q + t * q_stride + i);
-            for (size_t r = 0; r < ROWS; ++r)
-                sums[t][r] = dot(sums[t][r], codes_i8x16[r], q_i8x16);
+            for (size_t r = 0; r < ROWS; ++r) sums[t][r] = dot(sums[t][r], codes_i8x16[r], q_i8x16);
         }
     }
     for (size_t t = 0; t < TOKENS; ++t) {
@@ -253,8 +250,8 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
             const float32x4_t square = vdupq_n_f32(squares[g]);
             for (size_t part = 0; part < ROW_PARTS; ++part) {
                 const uint8x8_t bits = vld1_u8(screen + CODE_BYTES + 8 * part);
-                const float32x4_t scale = vreinterpretq_f32_u32(
-                    vshlq_n_u32(vmovl_u16(vreinterpret_u16_u8(bits)), 16));
+                const float32x4_t scale =
+                    vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vreinterpret_u16_u8(bits)), 16));
                 const int32x4_t both = vaddq_s32(vshlq_n_s32(sums.high[part], 8), sums.low[part]);
                 const int32x4_t exact = vsubq_s32(both, vdupq_n_s32(offsets[g]));
                 approx_f32x4[part] =
