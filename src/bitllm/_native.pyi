@@ -83,10 +83,13 @@ class Decoder:
     def weight_bytes(self) -> int: ...
 
     @property
+    def rounded_head_bytes(self) -> int: ...
+
+    @property
     def head(self) -> str: ...
 
     @property
-    def head_statistics(self) -> dict[str, Any]:
+    def head_statistics(self) -> dict[str, int]:
         """
         Rows screened so far; rows of the head computed exactly for them; how many of them read the whole head after all.
         """
