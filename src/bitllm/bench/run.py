@@ -16,6 +16,7 @@ from bitllm.bench.roofline import Limits
 from bitllm.bench.tune import Tuned, tune
 from bitllm.checkpoint import ModelSpec
 from bitllm.config import EngineOptions
+from bitllm.engine.memory_plan import context_length
 from bitllm.errors import ConfigError
 from bitllm.formats import open_checkpoint, resolve_model
 
@@ -41,7 +42,7 @@ class BenchSettings:
         profile: also where the time of a step goes.
         small: also single quantised operations, and the latency of small models.
         tune: also which packing is faster; kept for later runs.
-        engine: how the model is loaded; `context` and `kv_tokens` are what the measurement needs.
+        engine: how the model is loaded; `context` is the longest sequence that may be measured.
     """
 
     prompts: tuple[int, ...] | None = None
@@ -192,8 +193,8 @@ class _Work:
 
     @staticmethod
     def of(settings: BenchSettings, spec: ModelSpec) -> _Work:
-        """Leave out defaults beyond the model's context; refuse what was asked for beyond it."""
-        room = spec.max_context
+        """Leave out defaults beyond the context; refuse what was asked for beyond it."""
+        room = context_length(spec, settings.engine)
         prompts = settings.prompts or tuple(n for n in PROMPTS if n <= room) or (room,)
         depths = settings.depths
         if depths is None:
@@ -201,7 +202,7 @@ class _Work:
         longest = max(*prompts, *(depth + settings.generate for depth in depths))
         if longest > room:
             raise ConfigError(
-                f"{longest} tokens are more than the {room} that the model was made for",
+                f"{longest} tokens are more than the context of {room} tokens",
                 hint="measure shorter prompts (-p), fewer tokens (-n) or smaller depths",
             )
         return _Work(prompts, depths, settings.batches, settings.generate)
