@@ -68,7 +68,7 @@ size_t Decoder::plan_scratch(Arena* arena) {
         own.row = plan.take<float>(input_width);
         own.normed = plan.take<float>(own_norms ? input_width : 0);
         own.accumulators = plan.take<int32_t>(ACCUMULATORS);
-        own.codes = plan.take<uint8_t>(32 * padded_columns(input_width));
+        own.codes = plan.take<uint8_t>(ROW_TILE * padded_columns(input_width));
         own.requests = plan.take<Request>(logit_rows_);
         if (arena) own.sampler.emplace(kernels_, model_.vocab, *arena);
         plan.bytes += Sampler::scratch_bytes(model_.vocab);

@@ -24,6 +24,11 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
 #define BITLLM_X86 1
@@ -335,13 +340,49 @@ void spin_pause() noexcept { _mm_pause(); }
 FloatControlScope::FloatControlScope() noexcept : former_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
 FloatControlScope::~FloatControlScope() { _mm_setcsr(static_cast<unsigned>(former_)); }
 
+#elif defined(__aarch64__)
+
+#if defined(__linux__)
+
+CpuFeatures cpu_features() {
+    // HWCAP_ASIMDDP and HWCAP2_I8MM, which older headers do not define.
+    constexpr unsigned long DOT_PRODUCT = 1ul << 20, MATRIX_MULTIPLY = 1ul << 13;
+    CpuFeatures features;
+    features.dotprod = getauxval(AT_HWCAP) & DOT_PRODUCT;
+    features.i8mm = getauxval(AT_HWCAP2) & MATRIX_MULTIPLY;
+    return features;
+}
+
+std::string cpu_name() { return "aarch64"; }
+
+#elif defined(__APPLE__)
+
+CpuFeatures cpu_features() {
+    const auto has = [](const char* name) {
+        int value = 0;
+        size_t bytes = sizeof value;
+        return sysctlbyname(name, &value, &bytes, nullptr, 0) == 0 && value != 0;
+    };
+    CpuFeatures features;
+    features.dotprod = has("hw.optional.arm.FEAT_DotProd");
+    features.i8mm = has("hw.optional.arm.FEAT_I8MM");
+    return features;
+}
+
+std::string cpu_name() {
+    char name[128] = {};
+    size_t bytes = sizeof name - 1;
+    return sysctlbyname("machdep.cpu.brand_string", name, &bytes, nullptr, 0) == 0 ? name
+                                                                                   : "aarch64";
+}
+
 #else
 
 CpuFeatures cpu_features() { return {}; }
 
-#if defined(__aarch64__)
-
 std::string cpu_name() { return "aarch64"; }
+
+#endif
 
 void spin_pause() noexcept { __asm__ volatile("isb"); }
 
@@ -353,6 +394,8 @@ FloatControlScope::~FloatControlScope() { __asm__ volatile("msr fpcr, %0" : : "r
 
 #else
 
+CpuFeatures cpu_features() { return {}; }
+
 std::string cpu_name() { return "unknown"; }
 
 void spin_pause() noexcept { std::this_thread::yield(); }
@@ -363,7 +406,6 @@ FloatControlScope::FloatControlScope() noexcept : former_(0) {
 }
 FloatControlScope::~FloatControlScope() { std::fesetround(static_cast<int>(former_)); }
 
-#endif
 #endif
 
 }  // namespace bitllm

@@ -19,6 +19,8 @@ struct CpuFeatures {
     bool avx512dq = false;
     bool avx512vl = false;
     bool avx512vnni = false;
+    bool dotprod = false;
+    bool i8mm = false;
 };
 
 CpuFeatures cpu_features();

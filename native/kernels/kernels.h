@@ -156,6 +156,18 @@ extern const Kernels avx2_kernels;
 extern const IntegerKernels avx2_integer_kernels;
 extern const Kernels avx512vnni_kernels;
 extern const IntegerKernels avx512vnni_integer_kernels;
+#elif defined(__aarch64__)
+extern const Kernels neon_base_kernels;
+extern const IntegerKernels neon_base_integer_kernels;
+// clang before 16 has the instructions of dotprod and i8mm only where a whole file is built for
+// them.
+#if !defined(__clang__) || __clang_major__ >= 16
+#define BITLLM_NEON_EXTENSIONS 1
+extern const Kernels neon_kernels;
+extern const IntegerKernels neon_integer_kernels;
+extern const Kernels neon_i8mm_kernels;
+extern const IntegerKernels neon_i8mm_integer_kernels;
+#endif
 #endif
 
 }  // namespace bitllm

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 class Decoder:
     """A model on the CPU: built piece by piece, then prepare()d."""
 
-    def __init__(self, *, isa: str, vocab: int, hidden: int, norm_eps: float, embedding_scale: float, kv_blocks: int, kv_dtype: str, threads: int, max_batch_tokens: int) -> None: ...
+    def __init__(self, *, isa: str, vocab: int, hidden: int, norm_eps: float, embedding_scale: float, kv_blocks: int, kv_dtype: str, threads: int, max_batch_tokens: int, packing: str) -> None: ...
 
     def add_layer(self, *, heads: int, kv_heads: int, head_dim: int, activation: str, norm_eps: float, query_scale: float, window: int, inverse_frequencies: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int:
         """Append a layer and return its index."""
@@ -29,8 +29,8 @@ class Decoder:
     def set_vector(self, layer: int, name: str, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
         """Copy a norm of a layer, by its canonical name."""
 
-    def set_linear(self, layer: int, name: str, packed: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], in_features: int, scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
-        """Repack a matrix from the canonical packing."""
+    def set_linear(self, layer: int, name: str, stored: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], layout: str, out_features: int, in_features: int, scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int) -> int:
+        """Pack a matrix for the kernels; returns how many rows are not all zero."""
 
     def set_linear_norm(self, layer: int, name: str, gain: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], eps: float) -> None: ...
 

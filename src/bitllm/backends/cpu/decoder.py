@@ -47,6 +47,7 @@ class CpuDecoder:
         options: LoadOptions,
         kernel: str,
         threads: int,
+        packing: str,
         dense_bytes: int,
     ) -> None:
         self.spec = spec
@@ -61,6 +62,7 @@ class CpuDecoder:
             kv_bytes=native.kv_bytes,
             scratch_bytes=native.scratch_bytes,
             head=native.head,
+            packing=packing,
         )
 
     @property
