@@ -350,6 +350,33 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
     }
 }
 
+// A multiplication and addition that the compiler neither leaves out nor moves.
+inline void step(__m512i& sum_i32x16, __m512i codes_u8x64, __m512i q_i8x64) {
+    sum_i32x16 = _mm512_dpbusd_epi32(sum_i32x16, codes_u8x64, q_i8x64);
+#if defined(__GNUC__) && !defined(BITLLM_EMULATE_AVX512)
+    __asm__("" : "+v"(sum_i32x16));
+#endif
+}
+
+// Twelve sums hide the latency of a step; an array of them would lie in memory.
+int64_t peak(size_t iterations) {
+    constexpr size_t SUMS = 12, ROUNDS = 2;
+    const __m512i x = _mm512_set1_epi32(0x01010101);
+    __m512i a = x, b = x, c = x, d = x, e = x, f = x, g = x, h = x, i = x, j = x, k = x, l = x;
+    for (size_t n = 0; n < ROUNDS * iterations; ++n) {
+        step(a, x, x), step(b, x, x), step(c, x, x), step(d, x, x), step(e, x, x), step(f, x, x);
+        step(g, x, x), step(h, x, x), step(i, x, x), step(j, x, x), step(k, x, x), step(l, x, x);
+    }
+    const __m512i low = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
+    const __m512i middle = _mm512_add_epi32(_mm512_add_epi32(e, f), _mm512_add_epi32(g, h));
+    const __m512i high = _mm512_add_epi32(_mm512_add_epi32(i, j), _mm512_add_epi32(k, l));
+    int32_t sums[WIDTH / 4];
+    store_x64(sums, _mm512_add_epi32(_mm512_add_epi32(low, middle), high));
+    volatile int32_t sink = sums[0];  // has to be computed
+    (void)sink;
+    return static_cast<int64_t>(iterations * ROUNDS * SUMS * WIDTH);
+}
+
 }  // namespace
 
 const IntegerKernels avx512vnni_integer_kernels = {
@@ -357,6 +384,7 @@ const IntegerKernels avx512vnni_integer_kernels = {
                {.matvec = matvec<Packing::BASE3>, .unpack = unpack<Packing::BASE3>}},
     .codes_matmul = codes_matmul,
     .screen_rows = screen_rows,
+    .peak = peak,
 };
 
 }  // namespace bitllm

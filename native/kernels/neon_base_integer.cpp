@@ -34,6 +34,7 @@ constinit const IntegerKernels neon_base_integer_kernels = {
     .packed = {TWO_BIT_KERNELS, BASE3_KERNELS},
     .codes_matmul = codes_matmul,
     .screen_rows = screen_rows,
+    .peak = peak,
 };
 
 }  // namespace bitllm

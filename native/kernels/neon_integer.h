@@ -272,5 +272,36 @@ constexpr PackedKernels TWO_BIT_KERNELS = {.matvec = matvec<Packing::TWO_BIT, Tw
 constexpr PackedKernels BASE3_KERNELS = {.matvec = matvec<Packing::BASE3, Base3Sums>,
                                          .unpack = unpack<Packing::BASE3>};
 
+inline int32x4_t sum_of_four(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d) {
+    return vaddq_s32(vaddq_s32(a, b), vaddq_s32(c, d));
+}
+
+// A multiplication and addition that the compiler neither leaves out nor moves.
+inline void step(int32x4_t& sums, int8x16_t& q) {
+    __asm__("" : "+w"(q));
+    sums = dot(sums, vdupq_n_s8(1), q);
+    __asm__("" : "+w"(sums));
+}
+
+// Sixteen sums hide the latency of a step on cores that start four a cycle; an array of them would
+// lie in memory.
+int64_t peak(size_t iterations) {
+    constexpr size_t SUMS = 16, ROUNDS = 4;
+    const int32x4_t zero = vdupq_n_s32(0);
+    int8x16_t q = vdupq_n_s8(1);
+    int32x4_t a = zero, b = zero, c = zero, d = zero, e = zero, f = zero, g = zero, h = zero;
+    int32x4_t i = zero, j = zero, k = zero, l = zero, m = zero, n = zero, o = zero, p = zero;
+    for (size_t round = 0; round < ROUNDS * iterations; ++round) {
+        step(a, q), step(b, q), step(c, q), step(d, q), step(e, q), step(f, q), step(g, q);
+        step(h, q), step(i, q), step(j, q), step(k, q), step(l, q), step(m, q), step(n, q);
+        step(o, q), step(p, q);
+    }
+    volatile int32_t sink = vaddvq_s32(sum_of_four(sum_of_four(a, b, c, d), sum_of_four(e, f, g, h),
+                                                   sum_of_four(i, j, k, l),
+                                                   sum_of_four(m, n, o, p)));  // has to be computed
+    (void)sink;
+    return static_cast<int64_t>(iterations * ROUNDS * SUMS * 16);
+}
+
 }  // namespace
 }  // namespace bitllm
