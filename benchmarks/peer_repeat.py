@@ -14,6 +14,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ class LlamaCpp:
 
     def __init__(self, model: Path, work: Work) -> None:
         self._api: Any = importlib.import_module("llama_cpp")
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         self._api.llama_backend_init()
         options = self._api.llama_model_default_params()
         options.n_gpu_layers = 0
@@ -147,6 +149,7 @@ class LlamaCpp:
         )
         if status:
             raise RuntimeError(f"llama_decode returned {status} for {len(ids)} tokens")
+        self._api.llama_synchronize(self._context)
 
 
 class Transformers:

@@ -229,7 +229,7 @@ def parse_arguments() -> argparse.Namespace:
     add_work(parser)
     parser.set_defaults(threads=cpu_info()["physical_cores"])
     parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--timeout", type=positive, default=1800, metavar="SECONDS")
+    parser.add_argument("--timeout", type=positive, default=3600, metavar="SECONDS")
     parser.add_argument(
         "--packages",
         nargs="*",
