@@ -36,7 +36,7 @@ namespace {
 #if defined(__clang__)
 #define BITLLM_UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
-#define BITLLM_UNROLL _Pragma("GCC unroll 8")
+#define BITLLM_UNROLL _Pragma("GCC unroll 16")
 #else
 #define BITLLM_UNROLL
 #endif
@@ -350,6 +350,22 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
     }
 }
 
+// Sums enough to hide the latency of a multiplication.
+int64_t peak(size_t iterations) {
+    constexpr size_t SUMS = 16;
+    const __m512i one = _mm512_set1_epi8(1);
+    __m512i sums[SUMS];
+    BITLLM_UNROLL for (size_t s = 0; s < SUMS; ++s) sums[s] = _mm512_setzero_si512();
+    for (size_t i = 0; i < iterations; ++i) {
+        BITLLM_UNROLL for (size_t s = 0; s < SUMS; ++s) add_products(sums[s], one, one);
+    }
+    BITLLM_UNROLL for (size_t s = 1; s < SUMS; ++s) sums[0] = _mm512_add_epi32(sums[0], sums[s]);
+    volatile int32_t sink =
+        _mm_cvtsi128_si32(_mm512_castsi512_si128(sums[0]));  // has to be computed
+    (void)sink;
+    return static_cast<int64_t>(iterations * SUMS * WIDTH);
+}
+
 }  // namespace
 
 const IntegerKernels avx512vnni_integer_kernels = {
@@ -357,6 +373,7 @@ const IntegerKernels avx512vnni_integer_kernels = {
                {.matvec = matvec<Packing::BASE3>, .unpack = unpack<Packing::BASE3>}},
     .codes_matmul = codes_matmul,
     .screen_rows = screen_rows,
+    .peak = peak,
 };
 
 }  // namespace bitllm
