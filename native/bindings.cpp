@@ -569,6 +569,8 @@ void bind_machine(nb::module_& module) {
         "The kernel sets this machine runs, best first.");
     module.def("available_memory", &available_memory,
                "Bytes that can still be allocated; 0 = unknown.");
+    module.def("trim_heap", &trim_heap,
+               "Give memory that the heap has free back to the system, where it can.");
     module.def("resident_bytes", &resident_bytes, "Bytes of this process in RAM; 0 = unknown.");
     module.def("resident_file_bytes", &resident_file_bytes,
                "Those of them that are pages of files.");

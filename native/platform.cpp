@@ -24,6 +24,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -232,6 +235,12 @@ size_t resident_bytes() { return read_kilobytes("/proc/self/status", "VmRSS:", 0
 size_t resident_file_bytes() {
     return read_kilobytes("/proc/self/status", "RssFile:", 0) +
            read_kilobytes("/proc/self/status", "RssShmem:", 0);
+}
+
+void trim_heap() noexcept {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
 }
 
 #if defined(_WIN32)
