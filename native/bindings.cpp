@@ -21,6 +21,7 @@
 #include "numerics.h"
 #include "packing.h"
 #include "platform.h"
+#include "probes.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -60,6 +61,10 @@ Enum enumerator(const std::string& text, std::initializer_list<const char*> name
     throw std::invalid_argument("unknown " + std::string(what) + " '" + text + "'");
 }
 
+// In the order of HeadKind.
+constexpr std::initializer_list<const char*> HEAD_KINDS = {"auto", "full", "screened",
+                                                           "int8-screened", "int8"};
+
 ValueType float_type(const std::string& text) {
     return enumerator<ValueType>(text, {"f32", "bf16", "f16", "i8"}, "dtype");
 }
@@ -71,9 +76,12 @@ Packing packing_named(const std::string& text) {
 Layout layout_named(const std::string& text) {
     return enumerator<Layout>(text, {"canonical", "row_strided"}, "layout");
 }
+constexpr const char* LINEAR_NAMES[LINEAR_COUNT] = {"q", "k", "v", "o", "gate", "up", "down"};
 
 LinearName linear_name(const std::string& text) {
-    return enumerator<LinearName>(text, {"q", "k", "v", "o", "gate", "up", "down"}, "linear");
+    for (size_t i = 0; i < LINEAR_COUNT; ++i)
+        if (text == LINEAR_NAMES[i]) return static_cast<LinearName>(i);
+    throw std::invalid_argument("unknown linear '" + text + "'");
 }
 
 VectorName vector_name(const std::string& text) {
@@ -246,11 +254,16 @@ void bind_decoder(nb::module_& module) {
             "Borrow the bytes of [vocab, hidden]; dtype is f32, bf16 or f16.")
         .def(
             "set_head",
-            [](BoundDecoder& self, const Matrix<const uint8_t>& rows, const std::string& dtype) {
-                self.core().set_head(self.borrow(rows, dtype));
+            [](BoundDecoder& self, const Matrix<const uint8_t>& rows, const std::string& dtype,
+               const std::string& kind) {
+                const DenseMatrix head = self.borrow(rows, dtype);
+                const HeadKind wanted = enumerator<HeadKind>(kind, HEAD_KINDS, "head");
+                const nb::gil_scoped_release released;
+                self.core().set_head(head, wanted);
             },
-            "rows"_a.noconvert(), "dtype"_a,
-            "Borrow the bytes of [vocab, hidden]; dtype is f32, bf16 or f16.")
+            "rows"_a.noconvert(), "dtype"_a, "kind"_a = "full",
+            "Borrow the bytes of [vocab, hidden]; dtype is f32, bf16 or f16, kind as in "
+            "LoadOptions.head.")
         .def(
             "set_final_norm",
             [](BoundDecoder& self, const F32& gain) { self.core().set_final_norm(span_of(gain)); },
@@ -310,6 +323,30 @@ void bind_decoder(nb::module_& module) {
              "top_values"_a.noconvert(),
              "One step: Batch, SamplePlan, then the arrays of StepOutput to fill.")
         .def(
+            "measure_stages", [](BoundDecoder& self, bool on) { self.core().measure_stages(on); },
+            "on"_a, "Forget what the stages of steps took; measure them from now on or no more.")
+        .def_prop_ro(
+            "stage_seconds",
+            [](BoundDecoder& self) {
+                const auto seconds = self.core().stage_seconds();
+                nb::typed<nb::dict, nb::str, float> stages;
+                for (size_t i = 0; i < STAGE_COUNT; ++i) stages[STAGE_NAMES[i]] = seconds[i];
+                return stages;
+            },
+            "Seconds of each stage since measure_stages(True), the mean of the workers.")
+        .def_prop_ro(
+            "step_seconds", [](BoundDecoder& self) { return self.core().step_seconds(); },
+            "Seconds of all steps since measure_stages(), or since loading.")
+        .def_prop_ro(
+            "packed_bytes",
+            [](BoundDecoder& self) {
+                nb::typed<nb::dict, nb::str, size_t> bytes;
+                for (size_t i = 0; i < LINEAR_COUNT; ++i)
+                    bytes[LINEAR_NAMES[i]] = self.core().packed_bytes(static_cast<LinearName>(i));
+                return bytes;
+            },
+            "Bytes of packed ternary weights, by linear, over all layers.")
+        .def(
             "copy_blocks",
             [](BoundDecoder& self, const Matrix<const int32_t>& pairs) {
                 require(pairs.shape(1) == 2, "pairs must be [n, 2]");
@@ -344,7 +381,25 @@ void bind_decoder(nb::module_& module) {
         .def_prop_ro("kv_bytes", [](BoundDecoder& self) { return self.core().kv_bytes(); })
         .def_prop_ro("scratch_bytes",
                      [](BoundDecoder& self) { return self.core().scratch_bytes(); })
-        .def_prop_ro("weight_bytes", [](BoundDecoder& self) { return self.core().weight_bytes(); });
+        .def_prop_ro("weight_bytes", [](BoundDecoder& self) { return self.core().weight_bytes(); })
+        .def_prop_ro("rounded_head_bytes",
+                     [](BoundDecoder& self) { return self.core().rounded_head_bytes(); })
+        .def_prop_ro("head",
+                     [](BoundDecoder& self) {
+                         return HEAD_KINDS.begin()[static_cast<size_t>(self.core().head_kind())];
+                     })
+        .def_prop_ro(
+            "head_statistics",
+            [](BoundDecoder& self) {
+                const HeadStatistics found = self.core().head_statistics();
+                nb::typed<nb::dict, nb::str, nb::int_> counts;
+                counts["screened"] = found.screened;
+                counts["rescored"] = found.rescored;
+                counts["full"] = found.full;
+                return counts;
+            },
+            "Rows screened so far; rows of the head computed exactly for them; how many of them "
+            "read the whole head after all.");
 }
 
 // Single products: rows are repacked a tile at a time, so that no second copy of the matrix is
@@ -524,7 +579,27 @@ void bind_machine(nb::module_& module) {
             return read_bandwidth(threads, nbytes);
         },
         "threads"_a, "nbytes"_a,
-        "Bytes a second at which the threads together read a buffer of main memory.");
+        "Bytes a second at which the threads together read a buffer again and again.");
+    module.def(
+        "peak_multiplications",
+        [](const std::string& isa, int threads) {
+            const Kernels& kernels = kernels_named(isa);
+            const nb::gil_scoped_release released;
+            return peak_multiplications(kernels, threads);
+        },
+        "isa"_a, "threads"_a,
+        "8-bit multiplications a second in the densest loop of a kernel set.");
+    module.def(
+        "quantized_operations",
+        [](const std::string& isa, const std::string& packing, int threads, size_t rows,
+           size_t columns, double seconds) {
+            const Kernels& kernels = kernels_named(isa);
+            const auto how = enumerator<Packing>(packing, {"2bit", "base3"}, "packing");
+            const nb::gil_scoped_release released;
+            return quantized_operations(kernels, how, threads, rows, columns, seconds);
+        },
+        "isa"_a, "packing"_a, "threads"_a, "rows"_a, "columns"_a, "seconds"_a,
+        "Operations (quantise, multiply, rescale) a second that the threads do.");
 }
 
 }  // namespace

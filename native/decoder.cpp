@@ -17,7 +17,6 @@ namespace {
 constexpr const char* LINEAR_TEXT[LINEAR_COUNT] = {"q", "k", "v", "o", "gate", "up", "down"};
 // Accumulators are int32 and pass through float32: beyond this they would not be exact.
 constexpr size_t LARGEST_INPUT = (size_t{1} << 24) / 127;
-constexpr size_t HUGE_PAGE = size_t{1} << 21;
 constexpr size_t GROUP_GRAIN = 32;  // columns the kernels multiply at once
 // So many bytes are believed to be one weight (-1) again and again; more are a hole in a file.
 constexpr size_t SUSPICIOUS_ZERO_BYTES = 256;
@@ -47,7 +46,8 @@ Decoder::Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtim
       model_(model),
       runtime_(runtime),
       crowd_(shared_pool(runtime.threads)),
-      solo_(shared_pool(1)) {
+      solo_(shared_pool(1)),
+      clocks_(static_cast<size_t>(runtime.threads)) {
     demand(model.vocab > 0 && model.hidden > 0, "vocabulary and hidden size must be positive");
     demand(runtime.kv_blocks > 0 && runtime.max_batch_tokens > 0,
            "KV blocks and token rows must be positive");
@@ -62,11 +62,6 @@ void Decoder::demand_building() const {
 void Decoder::set_embedding(DenseMatrix embedding) {
     demand_building();
     embedding_ = embedding;
-}
-
-void Decoder::set_head(DenseMatrix head) {
-    demand_building();
-    head_ = head;
 }
 
 size_t Decoder::add_layer(LayerConfig config) {
@@ -125,13 +120,13 @@ size_t Decoder::set_linear(size_t layer, LinearName name, const StoredCodes& cod
     linear.group = group;
     linear.kept = kept_rows(codes);
     const size_t rows = linear.kept.empty() ? out : linear.kept.back();
-    const size_t bytes = rows * packed_row_bytes(linear.packing, in);
-    linear.packed = Pages(bytes, bytes >= 2 * HUGE_PAGE);
+    const std::span<std::byte> packed = packed_.take(rows * packed_row_bytes(linear.packing, in));
+    linear.packed = packed;
     crowd_.parallel([&](int worker, int workers) {
         const Range mine = split(codes.rows(), worker, workers);
         pack(codes, linear.packing, mine.begin, mine.end,
              linear.kept.empty() ? nullptr : linear.kept.data(),
-             reinterpret_cast<uint8_t*>(linear.packed.data()));
+             reinterpret_cast<uint8_t*>(packed.data()));
     });
     return rows;
 }
@@ -225,15 +220,22 @@ void Decoder::prepare() {
     std::fill_n(last_writer_, runtime_.kv_blocks, uint64_t{0});
 }
 
+size_t Decoder::packed_bytes(LinearName name) const {
+    size_t bytes = 0;
+    for (const Layer& layer : layers_) bytes += layer.linear(name).packed.size();
+    return bytes;
+}
+
 size_t Decoder::weight_bytes() const {
     size_t floats = final_norm_.size(), bytes = 0;
     for (const Layer& layer : layers_) {
         for (const auto& vector : layer.vectors) floats += vector.size();
         for (const Linear& linear : layer.linears) {
             floats += linear.scales.size() + linear.bias.size() + linear.norm.size();
-            bytes += linear.packed.bytes() + linear.kept.size() * sizeof(uint32_t);
+            bytes += linear.packed.size() + linear.kept.size() * sizeof(uint32_t);
         }
     }
+    if (rounded_head_) bytes += rounded_head_->bytes();
     return bytes + floats * sizeof(float);
 }
 

@@ -19,10 +19,13 @@
 #include <span>
 #include <vector>
 
+#include "head_screen.h"
 #include "kernels/kernels.h"
 #include "memory.h"
 #include "packing.h"
+#include "rounded_head.h"
 #include "sampling.h"
+#include "stage_clock.h"
 #include "thread_pool.h"
 
 namespace bitllm {
@@ -42,6 +45,9 @@ struct ModelConfig {
     float embedding_scale = 1.0f;
 };
 
+// How logits are computed; LoadOptions.head in base.py says what each is.
+enum class HeadKind : uint8_t { AUTO, FULL, SCREENED, INT8_SCREENED, INT8 };
+
 struct RuntimeConfig {
     size_t kv_blocks = 0;
     ValueType kv_type = ValueType::BF16;  // BF16, F32 or I8
@@ -50,25 +56,18 @@ struct RuntimeConfig {
     Packing packing = Packing::TWO_BIT;  // of all ternary matrices
 };
 
-// A [rows, columns] matrix of floats that somebody else keeps alive: a view of the mapped
-// checkpoint.
-struct DenseMatrix {
-    const std::byte* data = nullptr;
-    ValueType type = ValueType::F32;
-};
-
 // One ternary projection, y = rescale(packed @ quantize(norm(x))) + bias. Empty vectors = not
 // there.
 struct Linear {
     size_t out = 0;
     size_t in = 0;
     Packing packing = Packing::TWO_BIT;
-    Pages packed;  // rows in the layout of kernels.h; only those that are not all zero
-    std::vector<uint32_t> kept;  // [out + 1]: rows kept before each row; empty = all of them
-    std::vector<float> scales;   // 1, `out`, or [out][groups]
-    size_t group = 0;            // columns that share a scale; 0 = all of a row
-    std::vector<float> bias;     // [out]
-    std::vector<float> norm;     // [in]
+    std::span<const std::byte> packed;  // rows as in kernels.h; only those that are not all zero
+    std::vector<uint32_t> kept;         // [out + 1]: rows kept before each row; empty = all of them
+    std::vector<float> scales;          // 1, `out`, or [out][groups]
+    size_t group = 0;                   // columns that share a scale; 0 = all of a row
+    std::vector<float> bias;            // [out]
+    std::vector<float> norm;            // [in]
     float norm_eps = 0.0f;
 };
 
@@ -135,7 +134,8 @@ class Decoder {
     // std::invalid_argument where sizes contradict each other, or after prepare().
     size_t add_layer(LayerConfig config);
     void set_embedding(DenseMatrix embedding);
-    void set_head(DenseMatrix head);
+    // Rounds a copy of the head where its kind needs one.
+    void set_head(DenseMatrix head, HeadKind kind = HeadKind::FULL);
     void set_final_norm(std::span<const float> gain);
     void set_vector(size_t layer, VectorName name, std::span<const float> values);
     // Packs a matrix for the kernels, without the rows that are all zero; returns how many others
@@ -157,12 +157,29 @@ class Decoder {
     // wrote into its KV blocks mean nothing, and the next step is as good as any.
     void forward(const StepInput& input, const StepOutput& output);
 
+    // Forgets what stages took, and measures them from now on or no more. Then: seconds of each in
+    // all steps since, the mean of the workers that took part.
+    void measure_stages(bool on);
+    std::array<double, STAGE_COUNT> stage_seconds();
+    // Seconds of all steps since then; measured always.
+    double step_seconds();
+
     size_t kv_blocks() const { return runtime_.kv_blocks; }
     size_t kv_block_bytes() const { return kv_ ? kv_->block_bytes() : 0; }
     size_t kv_bytes() const { return kv_ ? kv_->bytes() : 0; }
     size_t scratch_bytes() const { return arena_ ? arena_->capacity() : 0; }
-    // Bytes of packed matrices and of vectors; embedding and head are not counted.
+    // Bytes of packed matrices, of vectors and of a rounded head; embedding and head as stored are
+    // not counted.
     size_t weight_bytes() const;
+    // Bytes of one packed matrix, summed over the layers.
+    size_t packed_bytes(LinearName name) const;
+    // Bytes of the rounded copy of the head that steps read; 0 where there is none.
+    size_t rounded_head_bytes() const { return rounded_head_ ? rounded_head_->bytes() : 0; }
+    // The kind in use: never AUTO, and FULL for a head that cannot be rounded.
+    HeadKind head_kind() const { return head_kind_; }
+    HeadStatistics head_statistics() const {
+        return screen_ ? screen_->statistics() : HeadStatistics{};
+    }
 
     // pairs: `count` times (source, destination). All three throw std::out_of_range for unknown
     // blocks, and std::invalid_argument before prepare().
@@ -268,10 +285,12 @@ class Decoder {
 
     ThreadPool& pool_for(const StepInput& input) const;
     void run_step(int worker);
+    void end_stage(Stage stage, int worker);
     void spoil(const Layer& layer);
     void attention_block(const Layer& layer, int worker, Workspace& own);
     void ffn_block(const Layer& layer, int worker, Workspace& own);
     void finish(int worker, Workspace& own);
+    void begin_request(size_t slot, size_t output, Request& request);
 
     void embed(size_t token);
     void compute_rope(size_t token);
@@ -316,7 +335,8 @@ class Decoder {
     void finish_softmax(const Layer& layer, const Tile& tile, Range heads, Workspace& own);
 
     void head_rows(const Request* requests, size_t count, Range rows);
-    void finish_request(const Request& request, const float* hidden, Workspace& own);
+    void screen_rows(size_t count, int worker, Workspace& own);
+    void finish_request(size_t slot, const Request& request, Workspace& own);
 
     const Kernels& kernels_;
     const ModelConfig model_;
@@ -326,7 +346,11 @@ class Decoder {
     std::mutex mutex_;
 
     DenseMatrix embedding_, head_;
+    HeadKind head_kind_ = HeadKind::FULL;
+    std::optional<RoundedHead> rounded_head_;
+    std::optional<HeadScreen> screen_;
     std::vector<float> final_norm_;
+    PieceStore packed_;
     std::vector<Layer> layers_;
     std::vector<RopeTable> rope_tables_;
     std::optional<BlockStorage> kv_;
@@ -348,6 +372,8 @@ class Decoder {
     float* final_rows_ = nullptr;        // [logit_rows_][hidden]
     float* logits_ = nullptr;            // [logit_rows_][vocab]
     std::vector<Workspace> workspaces_;  // one for each worker
+    std::vector<StageClock> clocks_;     // one for each worker
+    double step_seconds_ = 0;
 
     // Multiplications and additions of a token in all matrices; of a token and a position in
     // attention.

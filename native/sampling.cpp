@@ -181,7 +181,16 @@ int32_t Sampler::draw(const SamplePlan& plan, size_t entry, const float* logits)
     return draw.best_id;
 }
 
-// Returns `logits` themselves where the entry changes nothing.
+int32_t Sampler::draw_uncut(const SamplePlan& plan, size_t entry, const float* logits) {
+    const float* row = adjust(plan, entry, logits);
+    const int32_t likeliest = first_highest(row, vocab_);
+    if (plan.temperature[entry] == 0.0f || likeliest < 0) return likeliest;
+    Draw draw(plan, entry, row, row[likeliest]);
+    draw.offer(likeliest);
+    draw_of_all(draw);
+    return draw.best_id;
+}
+
 const float* Sampler::adjust(const SamplePlan& plan, size_t entry, const float* logits) {
     const int32_t bias_begin = plan.bias_offsets[entry], bias_end = plan.bias_offsets[entry + 1];
     const int32_t seen_begin = plan.seen_offsets[entry], seen_end = plan.seen_offsets[entry + 1];

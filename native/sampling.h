@@ -63,6 +63,13 @@ class Sampler {
     // NaN or -infinity.
     int32_t draw(const SamplePlan& plan, size_t entry, const float* logits);
 
+    // The same without top-k, top-p and min-p.
+    int32_t draw_uncut(const SamplePlan& plan, size_t entry, const float* logits);
+
+    // The logits after bias, penalties and mask: in scratch, or `logits` themselves where the entry
+    // changes nothing.
+    const float* adjust(const SamplePlan& plan, size_t entry, const float* logits);
+
     // Log-probability of `target` (NaN for -1) under softmax(logits), and of the `top_n` most
     // likely ids, most likely first, ties by lowest id.
     void score(const float* logits, int32_t target, size_t top_n, const ScoreOutput& out);
@@ -70,7 +77,6 @@ class Sampler {
   private:
     struct Draw;
 
-    const float* adjust(const SamplePlan& plan, size_t entry, const float* logits);
     size_t sort_above(const float* logits, float lowest);
     void weigh_kept(const float* logits, size_t count, float temperature);
     void weigh_all(const float* logits, float highest, float temperature);

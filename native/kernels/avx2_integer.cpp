@@ -418,6 +418,31 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
     }
 }
 
+// A multiplication and an addition. To the compiler q changes each time, so that no product can be
+// left out.
+inline void step(__m256i& sum_i16x16, __m256i codes_u8x32, __m256i& q_i8x32) {
+    settle(q_i8x32);
+    sum_i16x16 = _mm256_add_epi16(sum_i16x16, _mm256_maddubs_epi16(codes_u8x32, q_i8x32));
+    settle(sum_i16x16);
+}
+
+// Eight sums in registers; an array of them would lie in memory.
+int64_t peak(size_t iterations) {
+    constexpr size_t SUMS = 8, ROUNDS = 4;
+    const __m256i codes = _mm256_set1_epi8(1);
+    __m256i q = codes, a = codes, b = codes, c = codes, d = codes;
+    __m256i e = codes, f = codes, g = codes, h = codes;
+    for (size_t i = 0; i < ROUNDS * iterations; ++i) {
+        step(a, codes, q), step(b, codes, q), step(c, codes, q), step(d, codes, q);
+        step(e, codes, q), step(f, codes, q), step(g, codes, q), step(h, codes, q);
+    }
+    const __m256i low = _mm256_add_epi16(_mm256_add_epi16(a, b), _mm256_add_epi16(c, d));
+    const __m256i high = _mm256_add_epi16(_mm256_add_epi16(e, f), _mm256_add_epi16(g, h));
+    volatile int32_t sink = total(_mm256_add_epi16(low, high));  // has to be computed
+    (void)sink;
+    return static_cast<int64_t>(iterations * ROUNDS * SUMS * 32);
+}
+
 }  // namespace
 
 const IntegerKernels avx2_integer_kernels = {
@@ -425,6 +450,7 @@ const IntegerKernels avx2_integer_kernels = {
                {.matvec = matvec<Base3>, .unpack = unpack<Base3>}},
     .codes_matmul = codes_matmul,
     .screen_rows = screen_rows,
+    .peak = peak,
 };
 
 }  // namespace bitllm

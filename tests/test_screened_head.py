@@ -1,0 +1,224 @@
+"""A screened head draws the tokens of the full one, whatever the head, the plan and the batch.
+
+Every test compares two decoders of one model, row by row, and prints how many rows of the head the
+screen computed exactly and how often it read the whole head after all (`pytest -s` shows them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bitllm
+from batches import Draw, Run, make_batch, make_plan, prompt_ids
+from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions, OutputKind
+from bitllm.backends.cpu import CpuBackend
+from bitllm.checkpoint import Checkpoint, ModelSpec
+from bitllm.formats import open_checkpoint
+from synthetic import MemorySource, dense_tensor, random_checkpoint, random_uniform, tiny_spec
+
+DEMO = Path(bitllm.__file__).parent / "demo"
+SCREENS = ["screened", "int8-screened"]
+ROWS = 64  # positions of a batch
+
+F32 = np.ndarray
+Plans = Callable[[int, int], Draw]  # (row, vocabulary) -> its entry
+
+
+def options(head: str, threads: int = 1) -> LoadOptions:
+    return LoadOptions(head=head, threads=threads, kv_tokens=256, max_batch_tokens=ROWS)
+
+
+def hidden_states(checkpoint: Checkpoint, ids: Sequence[int]) -> F32:
+    decoder = CpuBackend().load(checkpoint, options("full"))
+    return decoder.forward(make_batch([Run(ids)], OutputKind.HIDDEN)).hidden
+
+
+# --- heads -----------------------------------------------------------------------------------------
+
+
+def random_head(spec: ModelSpec, hidden: F32) -> F32:
+    return random_uniform(3, "head", (spec.vocab_size, spec.hidden_size))
+
+
+def confident_head(spec: ModelSpec, hidden: F32) -> F32:
+    """Each hidden state points at a row of its own."""
+    head = random_head(spec, hidden)
+    rows = np.arange(len(hidden)) * 7 % spec.vocab_size
+    head[rows] = hidden * (3.0 / np.linalg.norm(hidden, axis=1, keepdims=True))
+    return head
+
+
+def near_ties(spec: ModelSpec, hidden: F32) -> F32:
+    """Rows that differ from their neighbours by one step of bf16 in one column."""
+    head = np.repeat(random_head(spec, hidden)[::8], 8, axis=0)[: spec.vocab_size]
+    columns = np.arange(spec.vocab_size) % spec.hidden_size
+    head[np.arange(spec.vocab_size), columns] *= 1.0 + 2.0**-7
+    return head
+
+
+def exact_ties(spec: ModelSpec, hidden: F32) -> F32:
+    """Every row several times, far apart and side by side."""
+    head = random_head(spec, hidden)
+    return head[np.arange(spec.vocab_size) // 2 % (spec.vocab_size // 6)]
+
+
+def huge_norms(spec: ModelSpec, hidden: F32) -> F32:
+    """Rows of very different size, and one column that outweighs the others."""
+    powers = 12.0 * random_uniform(4, "powers", (spec.vocab_size, 1))
+    head = random_head(spec, hidden) * np.exp2(np.round(powers))
+    head[:, 5] *= 100.0
+    return head
+
+
+def zero_rows(spec: ModelSpec, hidden: F32) -> F32:
+    head = random_head(spec, hidden)
+    head[::3] = 0.0
+    head[1::3, : spec.hidden_size // 2] = 0.0
+    return head
+
+
+def beyond_margins(spec: ModelSpec, hidden: F32) -> F32:
+    """Numbers so small that their squares are none."""
+    return random_head(spec, hidden) * np.float32(2.0**-100)
+
+
+HEADS = [
+    random_head,
+    confident_head,
+    near_ties,
+    exact_ties,
+    huge_norms,
+    zero_rows,
+    beyond_margins,
+]
+
+
+def with_head(make: Callable[[ModelSpec, F32], F32], spec: ModelSpec, dtype: str) -> Checkpoint:
+    plain = random_checkpoint(spec, seed=2)
+    hidden = hidden_states(plain, prompt_ids(ROWS, spec.vocab_size))
+    tensors = {**plain.source.dense_tensors}
+    tensors["head"] = dense_tensor(make(spec, hidden).astype(np.float32), dtype)
+    return replace(plain, source=MemorySource(tensors, plain.source.ternary_matrices))
+
+
+# --- plans -----------------------------------------------------------------------------------------
+
+
+def some_ids(row: int, vocab: int, count: int) -> list[int]:
+    return [(row * 31 + i * i * 7 + i) % vocab for i in range(count)]
+
+
+def warmth(row: int) -> float:
+    return (0.1, 0.4, 0.8, 1.0, 1.7)[row % 5]
+
+
+PLANS: dict[str, Plans] = {
+    "greedy": lambda row, vocab: Draw(temperature=0.0),
+    "temperature": lambda row, vocab: Draw(warmth(row), seed=row, position=row),
+    "top-k": lambda row, vocab: Draw(warmth(row), top_k=1 + row % 40, seed=row),
+    "top-k, top-p, min-p": lambda row, vocab: Draw(
+        warmth(row), top_k=20, top_p=0.9, min_p=0.02, seed=row
+    ),
+    "min-p": lambda row, vocab: Draw(warmth(row), min_p=(0.02, 0.3)[row % 2], seed=row),
+    "top-p": lambda row, vocab: Draw(warmth(row), top_p=(0.5, 0.9, 0.99)[row % 3], seed=row),
+    "top-p, min-p": lambda row, vocab: Draw(warmth(row), top_p=0.95, min_p=0.05, seed=row),
+    "penalties": lambda row, vocab: Draw(
+        (0.0, 0.7)[row % 2],
+        repetition_penalty=(1.3, 0.6)[row // 2 % 2],
+        frequency_penalty=(0.2, -0.3)[row // 4 % 2],
+        presence_penalty=0.1,
+        seen={token: token % 3 for token in some_ids(row, vocab, 25)},
+        top_p=(1.0, 0.9)[row // 8 % 2],
+        seed=row,
+    ),
+    "bias": lambda row, vocab: Draw(
+        (0.0, 0.7)[row % 2],
+        bias={token: (token % 7 - 3) * 0.7 for token in some_ids(row, vocab, 9)},
+        top_k=(0, 5)[row // 2 % 2],
+        min_p=(0.0, 0.1)[row // 4 % 2],
+        seed=row,
+    ),
+    "mask": lambda row, vocab: Draw(
+        (0.0, 0.7)[row % 2],
+        allowed=frozenset(some_ids(row, vocab, row % 7 * row)),
+        bias={token: 1.0 for token in some_ids(row + 1, vocab, 5)},
+        top_p=(1.0, 0.8)[row // 2 % 2],
+        seed=row,
+    ),
+    "log-probabilities": lambda row, vocab: Draw(warmth(row), top_logprobs=2, seed=row),
+}
+
+
+def sample(decoder, ids: Sequence[int], plan: Plans):
+    vocab = decoder.spec.vocab_size
+    draws = [plan(row, vocab) for row in range(len(ids))]
+    blocks = range(-(-len(ids) // KV_BLOCK_SIZE))
+    return decoder.forward(
+        make_batch([Run(ids, 0, blocks)], OutputKind.SAMPLE, plan=make_plan(draws, vocab))
+    )
+
+
+def report(name: str, decoder) -> None:
+    counts = decoder.head_statistics
+    rows = max(counts["screened"], 1)
+    share = counts["rescored"] / rows / decoder.spec.vocab_size
+    print(
+        f"{name}: {counts['screened']} rows screened, {share:.2%} of the head computed exactly, "
+        f"{counts['full'] / rows:.2%} read all of it"
+    )
+
+
+def assert_same_tokens(checkpoint: Checkpoint, screen: str, plans: dict[str, Plans], batches: int):
+    """Compare the screen with the full head, each plan on its own decoder for the counts."""
+    vocab = checkpoint.spec.vocab_size
+    full = CpuBackend().load(checkpoint, options("full"))
+    for name, plan in plans.items():
+        screened = CpuBackend().load(checkpoint, options(screen, threads=2))
+        for seed in range(batches):
+            ids = prompt_ids(ROWS, vocab, seed)
+            expected, found = sample(full, ids, plan), sample(screened, ids, plan)
+            assert found.sampled.tolist() == expected.sampled.tolist(), name
+            np.testing.assert_array_equal(found.logprobs, expected.logprobs)
+        report(f"{screen}, {name}", screened)
+
+
+# --- the same tokens -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
+def test_the_tokens_of_any_head(make, screen):
+    spec = tiny_spec(vocab_size=1500, hidden_size=100)
+    assert_same_tokens(with_head(make, spec, "bf16"), screen, PLANS, batches=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize("make", HEADS, ids=lambda make: make.__name__)
+def test_the_tokens_of_any_large_head(make, screen):
+    spec = tiny_spec(vocab_size=20000, hidden_size=320)
+    assert_same_tokens(with_head(make, spec, "bf16"), screen, PLANS, batches=3)
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_heads_stored_in_other_types(dtype, screen):
+    spec = tiny_spec(vocab_size=700, hidden_size=64)
+    plans = {name: PLANS[name] for name in ("greedy", "temperature", "top-p")}
+    assert_same_tokens(with_head(random_head, spec, dtype), screen, plans, batches=1)
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_tokens_of_the_demo_model(screen):
+    assert_same_tokens(open_checkpoint(DEMO), screen, PLANS, batches=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("screen", SCREENS)
+def test_ten_thousand_tokens_of_the_demo_model(screen):
+    assert_same_tokens(open_checkpoint(DEMO), screen, PLANS, batches=15)
