@@ -1,9 +1,13 @@
 #include "bandwidth.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
-#include <cstring>
 #include <vector>
+
+#if defined(_MSC_VER) && defined(_M_X64)
+#include <intrin.h>
+#endif
 
 #include "memory.h"
 #include "platform.h"
@@ -12,15 +16,31 @@
 namespace bitllm {
 namespace {
 
-// Reads `bytes` bytes, a multiple of 64, eight independent words at a time.
-uint64_t read_all(const std::byte* at, size_t bytes) {
+constexpr int PASSES = 12;
+constexpr size_t LEAST_BYTES = size_t{1} << 26;  // read in a pass, so that starting it is no cost
+// As far ahead as the kernels ask for memory: without it a Zen 3 core read a third less.
+constexpr size_t PREFETCH_BYTES = 4096;
+
+// `address` may lie behind the buffer.
+void prefetch(uintptr_t address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(reinterpret_cast<const void*>(address));
+#elif defined(_M_X64)
+    _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
+#else
+    (void)address;
+#endif
+}
+
+// Returns `sum` and what `count` words, a multiple of 8, add to it, in four independent vectors;
+// asks for memory AHEAD bytes early.
+template <size_t AHEAD>
+uint64_t read_all(const uint64_t* words, size_t count, uint64_t sum) {
     uint64_t sums[8] = {};
-    for (size_t i = 0; i < bytes; i += sizeof(sums)) {
-        uint64_t words[8];
-        std::memcpy(words, at + i, sizeof(words));
-        for (int j = 0; j < 8; ++j) sums[j] += words[j];
+    for (size_t i = 0; i < count; i += 8) {
+        if constexpr (AHEAD > 0) prefetch(reinterpret_cast<uintptr_t>(words + i) + AHEAD);
+        for (size_t j = 0; j < 8; ++j) sums[j] += words[i + j];
     }
-    uint64_t sum = 0;
     for (const uint64_t part : sums) sum += part;
     return sum;
 }
@@ -29,8 +49,8 @@ uint64_t read_all(const std::byte* at, size_t bytes) {
 
 double read_bandwidth(int threads, size_t bytes) {
     using Clock = std::chrono::steady_clock;
-    constexpr int PASSES = 5;
     bytes = align_up(bytes ? bytes : 1);
+    const size_t rounds = (LEAST_BYTES + bytes - 1) / bytes;
     ThreadPool& pool = shared_pool(threads);
     const Pages pages(bytes, true);
     std::vector<uint64_t> sums(static_cast<size_t>(threads));
@@ -39,16 +59,21 @@ double read_bandwidth(int threads, size_t bytes) {
         Clock::time_point start;
         pool.parallel([&](int worker, int workers) {
             const Range part = split(bytes, worker, workers, ALIGNMENT);
-            std::byte* const first = pages.data() + part.begin;
+            auto* const first = reinterpret_cast<uint64_t*>(pages.data() + part.begin);
+            const size_t count = (part.end - part.begin) / sizeof(uint64_t);
             // The first pass writes: pages never written all share one page of zeros.
-            if (pass == 0) std::memset(first, worker + 1, part.end - part.begin);
+            if (pass == 0) std::fill_n(first, count, static_cast<uint64_t>(worker) + 1);
             pool.barrier(worker);
             if (worker == 0) start = Clock::now();
-            sums[static_cast<size_t>(worker)] += read_all(first, part.end - part.begin);
+            uint64_t sum = 0;
+            for (size_t round = 0; round < rounds; ++round)
+                sum = pass % 2 ? read_all<PREFETCH_BYTES>(first, count, sum)
+                               : read_all<0>(first, count, sum);
+            sums[static_cast<size_t>(worker)] += sum;
         });
         const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-        if (pass > 0 && seconds > 0 && double(bytes) / seconds > best)
-            best = double(bytes) / seconds;
+        const double read = double(bytes) * double(rounds);
+        if (pass > 0 && seconds > 0) best = std::max(best, read / seconds);
     }
     // The sums are looked at, so that the reads cannot be left out.
     uint64_t total = 0;

@@ -21,6 +21,7 @@
 #include "numerics.h"
 #include "packing.h"
 #include "platform.h"
+#include "probes.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -68,8 +69,19 @@ ValueType float_type(const std::string& text) {
     return enumerator<ValueType>(text, {"f32", "bf16", "f16", "i8"}, "dtype");
 }
 
+Packing packing_named(const std::string& text) {
+    return enumerator<Packing>(text, {"2bit", "base3"}, "packing");
+}
+
+Layout layout_named(const std::string& text) {
+    return enumerator<Layout>(text, {"canonical", "row_strided"}, "layout");
+}
+constexpr const char* LINEAR_NAMES[LINEAR_COUNT] = {"q", "k", "v", "o", "gate", "up", "down"};
+
 LinearName linear_name(const std::string& text) {
-    return enumerator<LinearName>(text, {"q", "k", "v", "o", "gate", "up", "down"}, "linear");
+    for (size_t i = 0; i < LINEAR_COUNT; ++i)
+        if (text == LINEAR_NAMES[i]) return static_cast<LinearName>(i);
+    throw std::invalid_argument("unknown linear '" + text + "'");
 }
 
 VectorName vector_name(const std::string& text) {
@@ -211,13 +223,13 @@ void bind_decoder(nb::module_& module) {
             "__init__",
             [](BoundDecoder* self, const std::string& isa, size_t vocab, size_t hidden,
                float norm_eps, float embedding_scale, size_t kv_blocks, const std::string& kv_dtype,
-               int threads, size_t max_batch_tokens) {
-                new (self)
-                    BoundDecoder(isa, {vocab, hidden, norm_eps, embedding_scale},
-                                 {kv_blocks, float_type(kv_dtype), threads, max_batch_tokens});
+               int threads, size_t max_batch_tokens, const std::string& packing) {
+                new (self) BoundDecoder(isa, {vocab, hidden, norm_eps, embedding_scale},
+                                        {kv_blocks, float_type(kv_dtype), threads, max_batch_tokens,
+                                         packing_named(packing)});
             },
             nb::kw_only(), "isa"_a, "vocab"_a, "hidden"_a, "norm_eps"_a, "embedding_scale"_a,
-            "kv_blocks"_a, "kv_dtype"_a, "threads"_a, "max_batch_tokens"_a)
+            "kv_blocks"_a, "kv_dtype"_a, "threads"_a, "max_batch_tokens"_a, "packing"_a)
         .def(
             "add_layer",
             [](BoundDecoder& self, size_t heads, size_t kv_heads, size_t head_dim,
@@ -266,16 +278,19 @@ void bind_decoder(nb::module_& module) {
         .def(
             "set_linear",
             [](BoundDecoder& self, size_t layer, const std::string& name,
-               const Matrix<const uint8_t>& packed, size_t in_features, const F32& scales) {
+               const Matrix<const uint8_t>& stored, const std::string& layout, size_t out_features,
+               size_t in_features, const F32& scales, size_t group) {
                 const LinearName which = linear_name(name);
-                require(packed.shape(1) == canonical_row_bytes(in_features),
-                        "packed rows have the wrong length");
+                const StoredCodes codes{stored.data(), layout_named(layout), out_features,
+                                        in_features};
+                require(stored.shape(0) == codes.rows() && stored.shape(1) == codes.row_bytes(),
+                        "stored rows do not have the shape of their layout");
                 const nb::gil_scoped_release released;
-                self.core().set_linear(layer, which, packed.data(), packed.shape(0), in_features,
-                                       span_of(scales));
+                return self.core().set_linear(layer, which, codes, span_of(scales), group);
             },
-            "layer"_a, "name"_a, "packed"_a.noconvert(), "in_features"_a, "scales"_a.noconvert(),
-            "Repack a matrix from the canonical packing.")
+            "layer"_a, "name"_a, "stored"_a.noconvert(), "layout"_a, "out_features"_a,
+            "in_features"_a, "scales"_a.noconvert(), "group"_a,
+            "Pack a matrix for the kernels; returns how many rows are not all zero.")
         .def(
             "set_linear_norm",
             [](BoundDecoder& self, size_t layer, const std::string& name, const F32& gain,
@@ -307,6 +322,30 @@ void bind_decoder(nb::module_& module) {
              "sampled"_a.noconvert(), "logprobs"_a.noconvert(), "top_ids"_a.noconvert(),
              "top_values"_a.noconvert(),
              "One step: Batch, SamplePlan, then the arrays of StepOutput to fill.")
+        .def(
+            "measure_stages", [](BoundDecoder& self, bool on) { self.core().measure_stages(on); },
+            "on"_a, "Forget what the stages of steps took; measure them from now on or no more.")
+        .def_prop_ro(
+            "stage_seconds",
+            [](BoundDecoder& self) {
+                const auto seconds = self.core().stage_seconds();
+                nb::typed<nb::dict, nb::str, float> stages;
+                for (size_t i = 0; i < STAGE_COUNT; ++i) stages[STAGE_NAMES[i]] = seconds[i];
+                return stages;
+            },
+            "Seconds of each stage since measure_stages(True), the mean of the workers.")
+        .def_prop_ro(
+            "step_seconds", [](BoundDecoder& self) { return self.core().step_seconds(); },
+            "Seconds of all steps since measure_stages(), or since loading.")
+        .def_prop_ro(
+            "packed_bytes",
+            [](BoundDecoder& self) {
+                nb::typed<nb::dict, nb::str, size_t> bytes;
+                for (size_t i = 0; i < LINEAR_COUNT; ++i)
+                    bytes[LINEAR_NAMES[i]] = self.core().packed_bytes(static_cast<LinearName>(i));
+                return bytes;
+            },
+            "Bytes of packed ternary weights, by linear, over all layers.")
         .def(
             "copy_blocks",
             [](BoundDecoder& self, const Matrix<const int32_t>& pairs) {
@@ -343,6 +382,8 @@ void bind_decoder(nb::module_& module) {
         .def_prop_ro("scratch_bytes",
                      [](BoundDecoder& self) { return self.core().scratch_bytes(); })
         .def_prop_ro("weight_bytes", [](BoundDecoder& self) { return self.core().weight_bytes(); })
+        .def_prop_ro("rounded_head_bytes",
+                     [](BoundDecoder& self) { return self.core().rounded_head_bytes(); })
         .def_prop_ro("head",
                      [](BoundDecoder& self) {
                          return HEAD_KINDS.begin()[static_cast<size_t>(self.core().head_kind())];
@@ -374,12 +415,14 @@ void multiply_canonical(const Kernels& kernels, const Matrix<const uint8_t>& pac
         for (size_t i = 0; i < k; ++i) sums[t] += q.data()[t * k + i];
     }
     std::vector<uint8_t> tile(ROWS * packed_row_bytes(Packing::TWO_BIT, k));
-    std::vector<uint8_t> codes(ROWS * padded_columns(k));
+    std::vector<uint8_t> codes(ROWS * padded_columns(k)), zero(ROWS);
     for (size_t row = 0; row < rows; row += ROWS) {
         const size_t height = std::min(ROWS, rows - row);
-        const uint8_t* canonical = packed.data() + row * canonical_row_bytes(k);
-        if (!repack_rows(canonical, k, 0, height, tile.data()))
+        const StoredCodes stored{packed.data() + row * canonical_row_bytes(k), Layout::CANONICAL,
+                                 height, k};
+        if (!examine(stored, 0, height, zero.data()).codes_only)
             throw std::domain_error("packed weights hold the bits 11, which are no ternary code");
+        pack(stored, Packing::TWO_BIT, 0, height, nullptr, tile.data());
         const IntegerKernels& integer = *kernels.integer;
         if (tokens == 1) {
             integer.packed[0].matvec(tile.data(), height, k, padded.data(), sums[0],
@@ -536,7 +579,27 @@ void bind_machine(nb::module_& module) {
             return read_bandwidth(threads, nbytes);
         },
         "threads"_a, "nbytes"_a,
-        "Bytes a second at which the threads together read a buffer of main memory.");
+        "Bytes a second at which the threads together read a buffer again and again.");
+    module.def(
+        "peak_multiplications",
+        [](const std::string& isa, int threads) {
+            const Kernels& kernels = kernels_named(isa);
+            const nb::gil_scoped_release released;
+            return peak_multiplications(kernels, threads);
+        },
+        "isa"_a, "threads"_a,
+        "8-bit multiplications a second in the densest loop of a kernel set.");
+    module.def(
+        "quantized_operations",
+        [](const std::string& isa, const std::string& packing, int threads, size_t rows,
+           size_t columns, double seconds) {
+            const Kernels& kernels = kernels_named(isa);
+            const auto how = enumerator<Packing>(packing, {"2bit", "base3"}, "packing");
+            const nb::gil_scoped_release released;
+            return quantized_operations(kernels, how, threads, rows, columns, seconds);
+        },
+        "isa"_a, "packing"_a, "threads"_a, "rows"_a, "columns"_a, "seconds"_a,
+        "Operations (quantise, multiply, rescale) a second that the threads do.");
 }
 
 }  // namespace

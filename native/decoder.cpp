@@ -9,7 +9,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "packing.h"
 #include "platform.h"
 
 namespace bitllm {
@@ -18,7 +17,9 @@ namespace {
 constexpr const char* LINEAR_TEXT[LINEAR_COUNT] = {"q", "k", "v", "o", "gate", "up", "down"};
 // Accumulators are int32 and pass through float32: beyond this they would not be exact.
 constexpr size_t LARGEST_INPUT = (size_t{1} << 24) / 127;
-constexpr size_t HUGE_PAGE = size_t{1} << 21;
+constexpr size_t GROUP_GRAIN = 32;  // columns the kernels multiply at once
+// So many bytes are believed to be one weight (-1) again and again; more are a hole in a file.
+constexpr size_t SUSPICIOUS_ZERO_BYTES = 256;
 
 [[noreturn]] void refuse(const std::string& text) { throw std::invalid_argument(text); }
 
@@ -45,7 +46,8 @@ Decoder::Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtim
       model_(model),
       runtime_(runtime),
       crowd_(shared_pool(runtime.threads)),
-      solo_(shared_pool(1)) {
+      solo_(shared_pool(1)),
+      clocks_(static_cast<size_t>(runtime.threads)) {
     demand(model.vocab > 0 && model.hidden > 0, "vocabulary and hidden size must be positive");
     demand(runtime.kv_blocks > 0 && runtime.max_batch_tokens > 0,
            "KV blocks and token rows must be positive");
@@ -101,26 +103,55 @@ void Decoder::set_vector(size_t layer, VectorName name, std::span<const float> v
     layer_at(layer).vectors[static_cast<size_t>(name)].assign(values.begin(), values.end());
 }
 
-void Decoder::set_linear(size_t layer, LinearName name, const uint8_t* canonical, size_t out,
-                         size_t in, std::span<const float> scales) {
+size_t Decoder::set_linear(size_t layer, LinearName name, const StoredCodes& codes,
+                           std::span<const float> scales, size_t group) {
     Linear& linear = linear_at(layer, name);
+    const size_t out = codes.out, in = codes.in;
     demand(out > 0 && in > 0 && in <= LARGEST_INPUT,
            "a ternary matrix is empty or has too many columns");
-    demand(scales.size() == 1 || scales.size() == out,
-           "a ternary matrix needs one scale, or one a row");
-    const size_t bytes = out * packed_row_bytes(Packing::TWO_BIT, in);
+    demand(group % GROUP_GRAIN == 0, "groups of columns must be multiples of 32");
+    const size_t groups = group ? (in + group - 1) / group : 1;
+    demand(scales.size() == out * groups || (group == 0 && scales.size() == 1),
+           "a ternary matrix needs one scale, one a row, or one for each group of columns");
     linear.out = out;
     linear.in = in;
-    linear.packed = Pages(bytes, bytes >= 2 * HUGE_PAGE);
+    linear.packing = runtime_.packing;
     linear.scales.assign(scales.begin(), scales.end());
-    auto* packed = reinterpret_cast<uint8_t*>(linear.packed.data());
-    std::atomic<bool> valid = true;
+    linear.group = group;
+    linear.kept = kept_rows(codes);
+    const size_t rows = linear.kept.empty() ? out : linear.kept.back();
+    const std::span<std::byte> packed = packed_.take(rows * packed_row_bytes(linear.packing, in));
+    linear.packed = packed;
     crowd_.parallel([&](int worker, int workers) {
-        const Range rows = split(out, worker, workers);
-        if (!repack_rows(canonical, in, rows.begin, rows.end, packed)) valid = false;
+        const Range mine = split(codes.rows(), worker, workers);
+        pack(codes, linear.packing, mine.begin, mine.end,
+             linear.kept.empty() ? nullptr : linear.kept.data(),
+             reinterpret_cast<uint8_t*>(packed.data()));
     });
-    if (!valid)
+    return rows;
+}
+
+// Linear::kept of a matrix, once its bits are known to be codes.
+std::vector<uint32_t> Decoder::kept_rows(const StoredCodes& codes) {
+    std::vector<uint8_t> zero(codes.out);
+    std::atomic<bool> codes_only = true, all_bits_0 = true;
+    crowd_.parallel([&](int worker, int workers) {
+        const Range mine = split(codes.rows(), worker, workers);
+        const StoredRows found = examine(codes, mine.begin, mine.end, zero.data());
+        if (!found.codes_only) codes_only = false;
+        if (!found.all_bits_0) all_bits_0 = false;
+    });
+    if (!codes_only)
         throw std::domain_error("packed weights hold the bits 11, which are no ternary code");
+    if (codes.layout == Layout::ROW_STRIDED && all_bits_0 &&
+        codes.rows() * codes.row_bytes() >= SUSPICIOUS_ZERO_BYTES)
+        throw std::domain_error("all bytes are zero, so every weight would be -1");
+    std::vector<uint32_t> kept;
+    if (std::find(zero.begin(), zero.end(), 1) == zero.end()) return kept;
+    kept.reserve(codes.out + 1);
+    kept.push_back(0);
+    for (const uint8_t all_zero : zero) kept.push_back(kept.back() + (all_zero ? 0 : 1));
+    return kept;
 }
 
 void Decoder::set_linear_norm(size_t layer, LinearName name, std::span<const float> gain,
@@ -189,13 +220,19 @@ void Decoder::prepare() {
     std::fill_n(last_writer_, runtime_.kv_blocks, uint64_t{0});
 }
 
+size_t Decoder::packed_bytes(LinearName name) const {
+    size_t bytes = 0;
+    for (const Layer& layer : layers_) bytes += layer.linear(name).packed.size();
+    return bytes;
+}
+
 size_t Decoder::weight_bytes() const {
     size_t floats = final_norm_.size(), bytes = 0;
     for (const Layer& layer : layers_) {
         for (const auto& vector : layer.vectors) floats += vector.size();
         for (const Linear& linear : layer.linears) {
             floats += linear.scales.size() + linear.bias.size() + linear.norm.size();
-            bytes += linear.packed.bytes();
+            bytes += linear.packed.size() + linear.kept.size() * sizeof(uint32_t);
         }
     }
     if (rounded_head_) bytes += rounded_head_->bytes();

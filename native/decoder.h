@@ -22,8 +22,10 @@
 #include "head_screen.h"
 #include "kernels/kernels.h"
 #include "memory.h"
+#include "packing.h"
 #include "rounded_head.h"
 #include "sampling.h"
+#include "stage_clock.h"
 #include "thread_pool.h"
 
 namespace bitllm {
@@ -32,8 +34,9 @@ inline constexpr size_t size_of(ValueType type) { return VALUE_BYTES[static_cast
 
 // A cache line of floats: rows that neighbours write share none.
 inline constexpr size_t ROW_GRAIN = 16;
-// What a worker can hold of a product.
+// What a worker can hold of a product, and rows it unpacks together.
 inline constexpr size_t ACCUMULATORS = 4096;
+inline constexpr size_t ROW_TILE = 32;
 
 struct ModelConfig {
     size_t vocab = 0;
@@ -50,6 +53,7 @@ struct RuntimeConfig {
     ValueType kv_type = ValueType::BF16;  // BF16, F32 or I8
     int threads = 1;
     size_t max_batch_tokens = 1;
+    Packing packing = Packing::TWO_BIT;  // of all ternary matrices
 };
 
 // One ternary projection, y = rescale(packed @ quantize(norm(x))) + bias. Empty vectors = not
@@ -58,12 +62,12 @@ struct Linear {
     size_t out = 0;
     size_t in = 0;
     Packing packing = Packing::TWO_BIT;
-    Pages packed;  // rows in the layout of kernels.h; only those that are not all zero
-    std::vector<uint32_t> kept;  // [out + 1]: rows kept before each row; empty = all of them
-    std::vector<float> scales;   // 1, `out`, or [out][groups]
-    size_t group = 0;            // columns that share a scale; 0 = all of a row
-    std::vector<float> bias;     // [out]
-    std::vector<float> norm;     // [in]
+    std::span<const std::byte> packed;  // rows as in kernels.h; only those that are not all zero
+    std::vector<uint32_t> kept;         // [out + 1]: rows kept before each row; empty = all of them
+    std::vector<float> scales;          // 1, `out`, or [out][groups]
+    size_t group = 0;                   // columns that share a scale; 0 = all of a row
+    std::vector<float> bias;            // [out]
+    std::vector<float> norm;            // [in]
     float norm_eps = 0.0f;
 };
 
@@ -134,10 +138,12 @@ class Decoder {
     void set_head(DenseMatrix head, HeadKind kind = HeadKind::FULL);
     void set_final_norm(std::span<const float> gain);
     void set_vector(size_t layer, VectorName name, std::span<const float> values);
-    // `canonical`: out rows of ceil(in / 4) bytes in the packing of checkpoint.py, turned here into
-    // that of the kernels. Throws std::domain_error for bits that are no ternary code.
-    void set_linear(size_t layer, LinearName name, const uint8_t* canonical, size_t out, size_t in,
-                    std::span<const float> scales);
+    // Packs a matrix for the kernels, without the rows that are all zero; returns how many others
+    // there are. `scales`: 1, `out`, or [out][ceil(in / group)] where `group` > 0 columns, a
+    // multiple of 32, share one. Throws std::domain_error for bits that are no ternary code, or for
+    // ROW_STRIDED bytes that are all zero, as a hole in a file is.
+    size_t set_linear(size_t layer, LinearName name, const StoredCodes& codes,
+                      std::span<const float> scales, size_t group = 0);
     void set_linear_norm(size_t layer, LinearName name, std::span<const float> gain, float eps);
     void set_linear_bias(size_t layer, LinearName name, std::span<const float> bias);
 
@@ -151,6 +157,13 @@ class Decoder {
     // wrote into its KV blocks mean nothing, and the next step is as good as any.
     void forward(const StepInput& input, const StepOutput& output);
 
+    // Forgets what stages took, and measures them from now on or no more. Then: seconds of each in
+    // all steps since, the mean of the workers that took part.
+    void measure_stages(bool on);
+    std::array<double, STAGE_COUNT> stage_seconds();
+    // Seconds of all steps since then; measured always.
+    double step_seconds();
+
     size_t kv_blocks() const { return runtime_.kv_blocks; }
     size_t kv_block_bytes() const { return kv_ ? kv_->block_bytes() : 0; }
     size_t kv_bytes() const { return kv_ ? kv_->bytes() : 0; }
@@ -158,6 +171,10 @@ class Decoder {
     // Bytes of packed matrices, of vectors and of a rounded head; embedding and head as stored are
     // not counted.
     size_t weight_bytes() const;
+    // Bytes of one packed matrix, summed over the layers.
+    size_t packed_bytes(LinearName name) const;
+    // Bytes of the rounded copy of the head that steps read; 0 where there is none.
+    size_t rounded_head_bytes() const { return rounded_head_ ? rounded_head_->bytes() : 0; }
     // The kind in use: never AUTO, and FULL for a head that cannot be rounded.
     HeadKind head_kind() const { return head_kind_; }
     HeadStatistics head_statistics() const {
@@ -257,6 +274,7 @@ class Decoder {
     void check_blocks(const int32_t* blocks, size_t count) const;
     Layer& layer_at(size_t index);
     Linear& linear_at(size_t layer, LinearName name);
+    std::vector<uint32_t> kept_rows(const StoredCodes& codes);
     void check_layer(size_t index) const;
     void lay_out_kv();
     size_t plan_scratch(Arena* arena);
@@ -267,6 +285,7 @@ class Decoder {
 
     ThreadPool& pool_for(const StepInput& input) const;
     void run_step(int worker);
+    void end_stage(Stage stage, int worker);
     void spoil(const Layer& layer);
     void attention_block(const Layer& layer, int worker, Workspace& own);
     void ffn_block(const Layer& layer, int worker, Workspace& own);
@@ -280,6 +299,15 @@ class Decoder {
                          const float* x, const float* norm, Workspace& own);
     void multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride,
                   Workspace& own);
+    void multiply_token(const Linear& linear, const Quantized& input, Range rows, float* out,
+                        Workspace& own);
+    void multiply_tokens(const Linear& linear, const Quantized& input, Range rows, float* out,
+                         size_t stride, Workspace& own);
+    void multiply_groups(const Linear& linear, const Quantized& input, Range rows, float* out,
+                         size_t stride, Workspace& own);
+    size_t unpack_rows(const Linear& linear, Range rows, Workspace& own) const;
+    void rescale_rows(const Linear& linear, Range rows, float a, int32_t* accumulators,
+                      float* out) const;
     void multiply_all(const Layer& layer, LinearName name, float* out, int worker, Workspace& own);
     void project(const Layer& layer, int worker, Workspace& own);
     void expand(const Layer& layer, int worker, Workspace& own);
@@ -322,6 +350,7 @@ class Decoder {
     std::optional<RoundedHead> rounded_head_;
     std::optional<HeadScreen> screen_;
     std::vector<float> final_norm_;
+    PieceStore packed_;
     std::vector<Layer> layers_;
     std::vector<RopeTable> rope_tables_;
     std::optional<BlockStorage> kv_;
@@ -343,6 +372,8 @@ class Decoder {
     float* final_rows_ = nullptr;        // [logit_rows_][hidden]
     float* logits_ = nullptr;            // [logit_rows_][vocab]
     std::vector<Workspace> workspaces_;  // one for each worker
+    std::vector<StageClock> clocks_;     // one for each worker
+    double step_seconds_ = 0;
 
     // Multiplications and additions of a token in all matrices; of a token and a position in
     // attention.

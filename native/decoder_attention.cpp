@@ -217,7 +217,7 @@ void Decoder::attend_chunks(const Layer& layer, int worker, Workspace& own) {
             }
         }
     }
-    pool_->barrier(worker);
+    end_stage(Stage::ATTENTION, worker);
     const Range mine = split(tokens_ * config.heads, worker, pool_->size());
     for (size_t unit = mine.begin; unit < mine.end; ++unit) {
         const size_t row = unit / config.heads, head = unit % config.heads;

@@ -56,17 +56,17 @@ void Decoder::finish(int worker, Workspace& own) {
         const Range mine = split(count, worker, pool_->size());
         for (size_t i = mine.begin; i < mine.end; ++i)
             begin_request(i, static_cast<size_t>(input.output_rows[base + i]), own.requests[i]);
-        pool_->barrier(worker);
+        end_stage(Stage::HEAD, worker);
         if (screen_)
             screen_->approximate(count,
                                  split(model_.vocab, worker, pool_->size(), HeadScreen::GRAIN));
         head_rows(own.requests, count, split(model_.vocab, worker, pool_->size(), ROW_GRAIN));
-        pool_->barrier(worker);
+        end_stage(Stage::HEAD, worker);
         if (screen_) screen_rows(count, worker, own);
         for (size_t i = static_cast<size_t>(worker); i < count;
              i += static_cast<size_t>(pool_->size()))
             finish_request(i, own.requests[i], own);
-        pool_->barrier(worker);
+        end_stage(Stage::SAMPLING, worker);
     }
 }
 
@@ -106,11 +106,11 @@ void Decoder::screen_rows(size_t count, int worker, Workspace& own) {
     for (;;) {
         for (size_t i = static_cast<size_t>(worker); i < count; i += static_cast<size_t>(workers))
             screen_->advance(i, *own.sampler);
-        pool_->barrier(worker);
+        end_stage(Stage::SAMPLING, worker);
         if (!screen_->pending(count)) return;
         screen_->rescore(count, worker, workers);
         head_rows(own.requests, count, split(model_.vocab, worker, workers, ROW_GRAIN));
-        pool_->barrier(worker);
+        end_stage(Stage::HEAD, worker);
     }
 }
 

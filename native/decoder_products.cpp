@@ -9,8 +9,9 @@
 namespace bitllm {
 namespace {
 
-constexpr size_t ROW_TILE = 32;    // rows that are unpacked together, for ...
-constexpr size_t TOKEN_TILE = 64;  // ... so many tokens at a time
+constexpr size_t TOKEN_TILE = 64;   // tokens that meet unpacked rows at a time
+constexpr size_t SUM_COLUMNS = 32;  // groups of columns are multiples of it
+static_assert(ROW_TILE * TOKEN_TILE <= ACCUMULATORS);
 
 constexpr LinearName QKV[] = {LinearName::Q, LinearName::K, LinearName::V};
 
@@ -18,6 +19,32 @@ constexpr LinearName QKV[] = {LinearName::Q, LinearName::K, LinearName::V};
 constexpr size_t own_input(LinearName name) {
     if (name == LinearName::K || name == LinearName::UP) return 2;
     return name == LinearName::V ? 3 : 1;
+}
+
+int32_t sum_of(const int8_t* values, size_t n) {
+    int32_t sum = 0;
+    for (size_t i = 0; i < n; ++i) sum += values[i];
+    return sum;
+}
+
+// The rows of `linear.packed` that some of its rows are.
+Range kept_of(const Linear& linear, Range rows) {
+    if (linear.kept.empty()) return rows;
+    return {linear.kept[rows.begin], linear.kept[rows.end]};
+}
+
+const uint8_t* packed_row(const Linear& linear, size_t index) {
+    return reinterpret_cast<const uint8_t*>(linear.packed.data()) +
+           index * packed_row_bytes(linear.packing, linear.in);
+}
+
+// Accumulators of the rows kept become those of all rows, in place: 0 for a row of zeros.
+void spread(const Linear& linear, Range rows, int32_t* accumulators) {
+    if (linear.kept.empty()) return;
+    const uint32_t* kept = linear.kept.data();
+    for (size_t row = rows.end; row-- > rows.begin;)
+        accumulators[row - rows.begin] =
+            kept[row] < kept[row + 1] ? accumulators[kept[row] - kept[rows.begin]] : 0;
 }
 
 }  // namespace
@@ -52,37 +79,100 @@ void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* o
                        Workspace& own) {
     const Linear& linear = layer.linear(name);
     const Quantized& input = quantized_[linear.norm.empty() ? 0 : own_input(name)];
-    const auto* packed = reinterpret_cast<const uint8_t*>(linear.packed.data());
-    const size_t row_bytes = packed_row_bytes(Packing::TWO_BIT, linear.in);
-    const size_t columns = padded_columns(linear.in);
-    const IntegerKernels& integer = *kernels_.integer;
-    const PackedKernels& kernels = integer.packed[0];
-    const auto store = [&](size_t token, size_t row, size_t height, const int32_t* accumulators) {
-        float* y = out + token * stride + row;
-        const bool one = linear.scales.size() == 1;
-        kernels_.rescale(accumulators, height, input.scales[token],
-                         linear.scales.data() + (one ? 0 : row), one ? 0 : 1, y);
-        if (!linear.bias.empty()) kernels_.add(y, linear.bias.data() + row, height);
-    };
-    const size_t row_tile = tokens_ == 1 ? ACCUMULATORS : ROW_TILE;
+    const bool whole_rows = linear.group == 0;
+    const size_t row_tile = tokens_ == 1 && whole_rows ? ACCUMULATORS : ROW_TILE;
     for (size_t row = rows.begin; row < rows.end; row += row_tile) {
-        const size_t height = std::min(row_tile, rows.end - row);
-        const uint8_t* tile = packed + row * row_bytes;
-        if (tokens_ == 1) {
-            kernels.matvec(tile, height, linear.in, input.values, input.sums[0], own.accumulators);
-            store(0, row, height, own.accumulators);
-            continue;
-        }
-        kernels.unpack(tile, height, linear.in, own.codes);
+        const Range tile = {row, std::min(row + row_tile, rows.end)};
+        if (tokens_ == 1 && whole_rows)
+            multiply_token(linear, input, tile, out, own);
+        else if (whole_rows)
+            multiply_tokens(linear, input, tile, out, stride, own);
+        else
+            multiply_groups(linear, input, tile, out, stride, own);
+        if (linear.bias.empty()) continue;
+        for (size_t token = 0; token < tokens_; ++token)
+            kernels_.add(out + token * stride + tile.begin, linear.bias.data() + tile.begin,
+                         tile.end - tile.begin);
+    }
+}
+
+void Decoder::multiply_token(const Linear& linear, const Quantized& input, Range rows, float* out,
+                             Workspace& own) {
+    const Range kept = kept_of(linear, rows);
+    const PackedKernels& kernels = kernels_.integer->packed[static_cast<size_t>(linear.packing)];
+    kernels.matvec(packed_row(linear, kept.begin), kept.end - kept.begin, linear.in, input.values,
+                   input.sums[0], own.accumulators);
+    rescale_rows(linear, rows, input.scales[0], own.accumulators, out);
+}
+
+// Rows are unpacked once for all tokens, of which TOKEN_TILE pass at a time: their accumulators
+// stay in the first cache, and the codes in the second.
+void Decoder::multiply_tokens(const Linear& linear, const Quantized& input, Range rows, float* out,
+                              size_t stride, Workspace& own) {
+    const size_t height = rows.end - rows.begin, columns = padded_columns(linear.in);
+    const size_t unpacked = unpack_rows(linear, rows, own);
+    for (size_t token = 0; token < tokens_; token += TOKEN_TILE) {
+        const size_t width = std::min(TOKEN_TILE, tokens_ - token);
+        kernels_.integer->codes_matmul(own.codes, columns, unpacked, columns,
+                                       input.values + token * columns, columns, input.sums + token,
+                                       width, own.accumulators, height);
+        for (size_t i = 0; i < width; ++i)
+            rescale_rows(linear, rows, input.scales[token + i], own.accumulators + i * height,
+                         out + (token + i) * stride);
+    }
+}
+
+// y = 0 + product of the first group + product of the second + ...
+void Decoder::multiply_groups(const Linear& linear, const Quantized& input, Range rows, float* out,
+                              size_t stride, Workspace& own) {
+    const size_t height = rows.end - rows.begin, columns = padded_columns(linear.in);
+    const size_t groups = (linear.in + linear.group - 1) / linear.group;
+    const size_t unpacked = unpack_rows(linear, rows, own);
+    for (size_t token = 0; token < tokens_; ++token)
+        std::fill_n(out + token * stride + rows.begin, height, 0.0f);
+    for (size_t group = 0; group < groups; ++group) {
+        // Padding lets the last group end at a multiple of SUM_COLUMNS.
+        const size_t first = group * linear.group;
+        const size_t parts =
+            (std::min(linear.group, linear.in - first) + SUM_COLUMNS - 1) / SUM_COLUMNS;
+        float scales[ROW_TILE], products[ROW_TILE];
+        for (size_t i = 0; i < height; ++i)
+            scales[i] = linear.scales[(rows.begin + i) * groups + group];
         for (size_t token = 0; token < tokens_; token += TOKEN_TILE) {
             const size_t width = std::min(TOKEN_TILE, tokens_ - token);
-            integer.codes_matmul(own.codes, columns, height, columns,
-                                 input.values + token * columns, columns, input.sums + token, width,
-                                 own.accumulators, height);
+            const int8_t* q = input.values + token * columns + first;
+            int32_t sums[TOKEN_TILE];
             for (size_t i = 0; i < width; ++i)
-                store(token + i, row, height, own.accumulators + i * height);
+                sums[i] = sum_of(q + i * columns, parts * SUM_COLUMNS);
+            kernels_.integer->codes_matmul(own.codes + first, columns, unpacked,
+                                           parts * SUM_COLUMNS, q, columns, sums, width,
+                                           own.accumulators, height);
+            for (size_t i = 0; i < width; ++i) {
+                int32_t* accumulators = own.accumulators + i * height;
+                spread(linear, rows, accumulators);
+                kernels_.rescale(accumulators, height, input.scales[token + i], scales, 1,
+                                 products);
+                kernels_.add(out + (token + i) * stride + rows.begin, products, height);
+            }
         }
     }
+}
+
+// The rows of a tile that are there, into own.codes; their number.
+size_t Decoder::unpack_rows(const Linear& linear, Range rows, Workspace& own) const {
+    const Range kept = kept_of(linear, rows);
+    const PackedKernels& kernels = kernels_.integer->packed[static_cast<size_t>(linear.packing)];
+    kernels.unpack(packed_row(linear, kept.begin), kept.end - kept.begin, linear.in, own.codes);
+    return kept.end - kept.begin;
+}
+
+// Accumulators of the rows kept become y of all rows, out[rows].
+void Decoder::rescale_rows(const Linear& linear, Range rows, float a, int32_t* accumulators,
+                           float* out) const {
+    const bool one = linear.scales.size() == 1;
+    spread(linear, rows, accumulators);
+    kernels_.rescale(accumulators, rows.end - rows.begin, a,
+                     linear.scales.data() + (one ? 0 : rows.begin), one ? 0 : 1, out + rows.begin);
 }
 
 void Decoder::multiply_all(const Layer& layer, LinearName name, float* out, int worker,

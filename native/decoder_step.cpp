@@ -1,6 +1,7 @@
 // The computation of one step. All workers run run_step() together; a barrier ends each stage, and
 // within a stage workers take disjoint tokens, heads or rows of a matrix.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -67,7 +68,7 @@ size_t Decoder::plan_scratch(Arena* arena) {
         own.row = plan.take<float>(input_width);
         own.normed = plan.take<float>(own_norms ? input_width : 0);
         own.accumulators = plan.take<int32_t>(ACCUMULATORS);
-        own.codes = plan.take<uint8_t>(32 * padded_columns(input_width));
+        own.codes = plan.take<uint8_t>(ROW_TILE * padded_columns(input_width));
         own.requests = plan.take<Request>(logit_rows_);
         if (arena) own.sampler.emplace(kernels_, model_.vocab, *arena);
         plan.bytes += Sampler::scratch_bytes(model_.vocab);
@@ -97,7 +98,10 @@ void Decoder::forward(const StepInput& input, const StepOutput& output) {
     shares_chunks_ = plan_chunks();
     pool_ = &pool_for(input);
     spoilt_layer_.store(layers_.size(), std::memory_order_relaxed);
+    const auto start = std::chrono::steady_clock::now();
     pool_->parallel([this](int worker, int) { run_step(worker); });
+    step_seconds_ +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     const size_t spoilt = spoilt_layer_.load(std::memory_order_relaxed);
     if (spoilt < layers_.size())
         throw std::overflow_error("layer " + std::to_string(spoilt) +
@@ -125,17 +129,55 @@ ThreadPool& Decoder::pool_for(const StepInput& input) const {
 
 void Decoder::run_step(int worker) {
     Workspace& own = workspaces_[static_cast<size_t>(worker)];
+    StageClock& clock = clocks_[static_cast<size_t>(worker)];
+    clock.start();
     const Range mine = split(tokens_, worker, pool_->size());
     for (size_t token = mine.begin; token < mine.end; ++token) {
         embed(token);
         compute_rope(token);
     }
+    clock.lap(Stage::EMBED);
     for (const Layer& layer : layers_) {
         attention_block(layer, worker, own);
         ffn_block(layer, worker, own);
     }
-    pool_->barrier(worker);
+    end_stage(Stage::QUANTIZE, worker);
     finish(worker, own);
+}
+
+// What was done since the last stage ended belongs to `stage`; then all workers meet.
+void Decoder::end_stage(Stage stage, int worker) {
+    StageClock& clock = clocks_[static_cast<size_t>(worker)];
+    clock.lap(stage);
+    pool_->barrier(worker);
+    clock.lap(Stage::WAIT);
+}
+
+void Decoder::measure_stages(bool on) {
+    const std::lock_guard lock(mutex_);
+    for (StageClock& clock : clocks_) clock.enable(on);
+    step_seconds_ = 0;
+}
+
+double Decoder::step_seconds() {
+    const std::lock_guard lock(mutex_);
+    return step_seconds_;
+}
+
+std::array<double, STAGE_COUNT> Decoder::stage_seconds() {
+    const std::lock_guard lock(mutex_);
+    std::array<double, STAGE_COUNT> seconds{};
+    double workers = 0;
+    for (const StageClock& clock : clocks_) {
+        double all = 0;
+        for (size_t stage = 0; stage < STAGE_COUNT; ++stage) {
+            seconds[stage] += clock.spent()[stage];
+            all += clock.spent()[stage];
+        }
+        workers += all > 0 ? 1 : 0;
+    }
+    for (double& stage : seconds) stage /= std::max(workers, 1.0);
+    return seconds;
 }
 
 // h += post_attn_norm(o(attn_sub_norm(attention(q, k, v of attn_norm(h)))))
@@ -145,19 +187,19 @@ void Decoder::attention_block(const Layer& layer, int worker, Workspace& own) {
     for (size_t token = mine.begin; token < mine.end; ++token)
         quantize_inputs(layer, QKV, token, residual_ + token * model_.hidden,
                         layer.vector(VectorName::ATTN_NORM), own);
-    pool_->barrier(worker);
+    end_stage(Stage::QUANTIZE, worker);
     project(layer, worker, own);
-    pool_->barrier(worker);
+    end_stage(Stage::QKV, worker);
     turn_and_store(layer, worker, own);
-    pool_->barrier(worker);
+    end_stage(Stage::ATTENTION, worker);
     attend(layer, worker, own);  // replaces q
-    pool_->barrier(worker);
+    end_stage(Stage::ATTENTION, worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
         quantize_inputs(layer, OUT, token, work_ + token * stride,
                         layer.vector(VectorName::ATTN_SUB_NORM), own);
-    pool_->barrier(worker);
+    end_stage(Stage::QUANTIZE, worker);
     multiply_all(layer, LinearName::O, block_out_, worker, own);
-    pool_->barrier(worker);
+    end_stage(Stage::O, worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
         add_to_residual(token, layer.vector(VectorName::POST_ATTN_NORM), layer.config.norm_eps);
 }
@@ -169,15 +211,15 @@ void Decoder::ffn_block(const Layer& layer, int worker, Workspace& own) {
     for (size_t token = mine.begin; token < mine.end; ++token)
         quantize_inputs(layer, GATE_UP, token, residual_ + token * model_.hidden,
                         layer.vector(VectorName::FFN_NORM), own);
-    pool_->barrier(worker);
+    end_stage(Stage::QUANTIZE, worker);
     expand(layer, worker, own);
-    pool_->barrier(worker);
+    end_stage(Stage::GATE_UP, worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
         quantize_inputs(layer, DOWN, token, work_ + token * stride,
                         layer.vector(VectorName::FFN_SUB_NORM), own);
-    pool_->barrier(worker);
+    end_stage(Stage::QUANTIZE, worker);
     multiply_all(layer, LinearName::DOWN, block_out_, worker, own);
-    pool_->barrier(worker);
+    end_stage(Stage::DOWN, worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
         add_to_residual(token, layer.vector(VectorName::POST_FFN_NORM), layer.config.norm_eps);
 }

@@ -20,8 +20,15 @@ std::vector<const Kernels*> available_kernels() {
     std::vector<const Kernels*> sets;
 #if defined(__x86_64__) || defined(_M_X64)
     const CpuFeatures cpu = cpu_features();
-    // if (runs_avx512vnni(cpu)) sets.push_back(&avx512vnni_kernels);
+    if (runs_avx512vnni(cpu)) sets.push_back(&avx512vnni_kernels);
     if (runs_avx2(cpu)) sets.push_back(&avx2_kernels);
+#elif defined(__aarch64__)
+#if defined(BITLLM_NEON_EXTENSIONS)
+    const CpuFeatures cpu = cpu_features();
+    if (cpu.dotprod && cpu.i8mm) sets.push_back(&neon_i8mm_kernels);
+    if (cpu.dotprod) sets.push_back(&neon_kernels);
+#endif
+    sets.push_back(&neon_base_kernels);
 #endif
     sets.push_back(&scalar_kernels);
     return sets;

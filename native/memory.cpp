@@ -18,6 +18,25 @@ Pages::~Pages() {
     if (data_) unmap_pages(data_, bytes_);
 }
 
+std::span<std::byte> PieceStore::take(size_t bytes) {
+    // Below the first, a small model would pay for huge pages that it does not fill.
+    constexpr size_t SMALL = size_t{1} << 18, CHUNK = size_t{1} << 26;
+    if (bytes < SMALL) {
+        const Pages& own = chunks_.emplace_back(bytes);
+        return {own.data(), bytes};
+    }
+    const size_t taken = align_up(bytes);
+    if (taken > left_) {
+        const Pages& chunk = chunks_.emplace_back(taken > CHUNK ? taken : CHUNK, true);
+        free_ = chunk.data();
+        left_ = chunk.bytes();
+    }
+    std::byte* piece = free_;
+    free_ += taken;
+    left_ -= taken;
+    return {piece, bytes};
+}
+
 void* Arena::take_bytes(size_t count, size_t size) {
     const size_t left = capacity() - used_;
     if (count > left / size || align_up(count * size) > left)

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace bitllm {
 
@@ -36,6 +38,20 @@ class Pages {
   private:
     std::byte* data_ = nullptr;
     size_t bytes_ = 0;
+};
+
+// Memory for weights: pieces of any size, given back all together. Small matrices beside each other
+// fill huge pages, which are faster to get and to read.
+class PieceStore {
+  public:
+    // Zeroed bytes, aligned to ALIGNMENT, that take no memory before they are touched. Throws
+    // std::bad_alloc.
+    std::span<std::byte> take(size_t bytes);
+
+  private:
+    std::vector<Pages> chunks_;
+    std::byte* free_ = nullptr;  // the rest of the last huge chunk
+    size_t left_ = 0;
 };
 
 // Scratch of one step: taken piece by piece, given back all at once, never more than was planned.

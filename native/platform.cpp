@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <map>
 #include <new>
 #include <set>
 #include <thread>
@@ -22,8 +24,16 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #if defined(__linux__)
 #include <sched.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
 #define BITLLM_X86 1
@@ -168,18 +178,37 @@ int usable_cpus() {
     return within_quota(std::thread::hardware_concurrency());
 }
 
+int fast_cores(const std::set<int>& cpus, const std::string& root) {
+    // The slow cores of hybrid CPUs reach 80 % of the clock of the fast ones or less; fast ones
+    // differ among themselves by 10 % at most.
+    constexpr double FAST = 0.85;
+    // Hardware threads of one core share its package and core number.
+    std::map<std::pair<size_t, size_t>, double> speeds;
+    double fastest = 0;
+    for (const int cpu : cpus) {
+        const std::string folder = root + "/cpu" + std::to_string(cpu);
+        const size_t core = read_number(folder + "/topology/core_id", UNLIMITED);
+        if (core == UNLIMITED) return 0;
+        const size_t clock = read_number(folder + "/cpufreq/cpuinfo_max_freq", 1);
+        const auto speed = static_cast<double>(read_number(folder + "/cpu_capacity", clock));
+        speeds[{read_number(folder + "/topology/physical_package_id", 0), core}] = speed;
+        fastest = std::max(fastest, speed);
+    }
+    return static_cast<int>(std::count_if(speeds.begin(), speeds.end(), [&](const auto& core) {
+        return core.second >= FAST * fastest;
+    }));
+}
+
 int physical_cores() {
 #if defined(__linux__)
-    // Hardware threads of one core share its package and core number.
-    std::set<std::pair<size_t, size_t>> cores;
-    for (const int cpu : allowed_cpus()) {
-        const std::string topology =
-            "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
-        const size_t core = read_number(topology + "core_id", UNLIMITED);
-        if (core == UNLIMITED) return usable_cpus();
-        cores.emplace(read_number(topology + "physical_package_id", 0), core);
+    if (const int cores = fast_cores(allowed_cpus()); cores > 0)
+        return within_quota(static_cast<size_t>(cores));
+#elif defined(__APPLE__)
+    for (const char* name : {"hw.perflevel0.physicalcpu", "hw.physicalcpu"}) {
+        int cores = 0;
+        size_t size = sizeof cores;
+        if (sysctlbyname(name, &cores, &size, nullptr, 0) == 0 && cores > 0) return cores;
     }
-    if (!cores.empty()) return within_quota(cores.size());
 #endif
     return usable_cpus();
 }
@@ -215,6 +244,8 @@ void* map_pages(size_t bytes, bool) {
 
 void unmap_pages(void* pages, size_t) noexcept { VirtualFree(pages, 0, MEM_RELEASE); }
 
+void forget_pages(const void*, size_t) {}
+
 void prepare_worker_thread(int) noexcept {}
 
 uint64_t fork_generation() noexcept { return 0; }
@@ -237,6 +268,29 @@ void* map_pages(size_t bytes, [[maybe_unused]] bool huge) {
 }
 
 void unmap_pages(void* pages, size_t bytes) noexcept { munmap(pages, bytes); }
+
+void forget_pages([[maybe_unused]] const void* bytes, [[maybe_unused]] size_t count) {
+#if defined(__linux__)
+    // Only pages of a file come back as they were, and only if no copy of them was written to.
+    const auto begin = reinterpret_cast<uintptr_t>(bytes), end = begin + count;
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; std::getline(maps, line);) {
+        // Each line is "begin-end rights offset device inode path".
+        uintptr_t first = 0, last = 0, inode = 0;
+        char rights[5] = {};
+        if (std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " %4s %*s %*s %" SCNuPTR, &first,
+                        &last, rights, &inode) != 4 ||
+            begin < first || begin >= last)
+            continue;
+        if (end > last || rights[0] != 'r' || rights[1] != '-' || rights[3] != 's' || inode == 0)
+            return;
+        const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+        const uintptr_t from = (begin + page - 1) / page * page, to = end / page * page;
+        if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+        return;
+    }
+#endif
+}
 
 void prepare_worker_thread([[maybe_unused]] int worker) noexcept {
     sigset_t all;
@@ -335,13 +389,49 @@ void spin_pause() noexcept { _mm_pause(); }
 FloatControlScope::FloatControlScope() noexcept : former_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
 FloatControlScope::~FloatControlScope() { _mm_setcsr(static_cast<unsigned>(former_)); }
 
+#elif defined(__aarch64__)
+
+#if defined(__linux__)
+
+CpuFeatures cpu_features() {
+    // HWCAP_ASIMDDP and HWCAP2_I8MM, which older headers do not define.
+    constexpr unsigned long DOT_PRODUCT = 1ul << 20, MATRIX_MULTIPLY = 1ul << 13;
+    CpuFeatures features;
+    features.dotprod = getauxval(AT_HWCAP) & DOT_PRODUCT;
+    features.i8mm = getauxval(AT_HWCAP2) & MATRIX_MULTIPLY;
+    return features;
+}
+
+std::string cpu_name() { return "aarch64"; }
+
+#elif defined(__APPLE__)
+
+CpuFeatures cpu_features() {
+    const auto has = [](const char* name) {
+        int value = 0;
+        size_t bytes = sizeof value;
+        return sysctlbyname(name, &value, &bytes, nullptr, 0) == 0 && value != 0;
+    };
+    CpuFeatures features;
+    features.dotprod = has("hw.optional.arm.FEAT_DotProd");
+    features.i8mm = has("hw.optional.arm.FEAT_I8MM");
+    return features;
+}
+
+std::string cpu_name() {
+    char name[128] = {};
+    size_t bytes = sizeof name - 1;
+    return sysctlbyname("machdep.cpu.brand_string", name, &bytes, nullptr, 0) == 0 ? name
+                                                                                   : "aarch64";
+}
+
 #else
 
 CpuFeatures cpu_features() { return {}; }
 
-#if defined(__aarch64__)
-
 std::string cpu_name() { return "aarch64"; }
+
+#endif
 
 void spin_pause() noexcept { __asm__ volatile("isb"); }
 
@@ -353,6 +443,8 @@ FloatControlScope::~FloatControlScope() { __asm__ volatile("msr fpcr, %0" : : "r
 
 #else
 
+CpuFeatures cpu_features() { return {}; }
+
 std::string cpu_name() { return "unknown"; }
 
 void spin_pause() noexcept { std::this_thread::yield(); }
@@ -363,7 +455,6 @@ FloatControlScope::FloatControlScope() noexcept : former_(0) {
 }
 FloatControlScope::~FloatControlScope() { std::fesetround(static_cast<int>(former_)); }
 
-#endif
 #endif
 
 }  // namespace bitllm

@@ -45,6 +45,12 @@ struct ThreadPool::Crew {
     void run(Region called, void* with) {
         std::lock_guard queue(callers);
         FloatControlScope float_control;
+        if (workers == 1) {
+            inside_region = true;
+            called(with, 0, 1);
+            inside_region = false;
+            return;
+        }
         region = called;
         context = with;
         epoch.fetch_add(1, std::memory_order_release);
@@ -57,6 +63,7 @@ struct ThreadPool::Crew {
 
     // The barrier: the last to arrive opens it for all.
     void meet() {
+        if (workers == 1) return;
         const uint32_t round = rounds.load(std::memory_order_relaxed);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == workers) {
             arrived.store(0, std::memory_order_relaxed);

@@ -90,6 +90,11 @@ struct IntegerKernels {
     void (*screen_rows)(const uint8_t* screen, size_t row_groups, size_t groups, const int8_t* high,
                         const int8_t* low, const int32_t* offsets, const float* squares,
                         float* approx, float* spread);
+
+    // Runs the densest loop of 8-bit multiplications and additions that the set knows, without
+    // memory where that can be, and returns how many multiplications it did, about 1000 *
+    // `iterations`: no product is faster, so this is the yardstick of all of them.
+    int64_t (*peak)(size_t iterations);
 };
 
 struct Kernels {
@@ -151,6 +156,18 @@ extern const Kernels avx2_kernels;
 extern const IntegerKernels avx2_integer_kernels;
 extern const Kernels avx512vnni_kernels;
 extern const IntegerKernels avx512vnni_integer_kernels;
+#elif defined(__aarch64__)
+extern const Kernels neon_base_kernels;
+extern const IntegerKernels neon_base_integer_kernels;
+// clang before 16 has the instructions of dotprod and i8mm only where a whole file is built for
+// them.
+#if !defined(__clang__) || __clang_major__ >= 16
+#define BITLLM_NEON_EXTENSIONS 1
+extern const Kernels neon_kernels;
+extern const IntegerKernels neon_integer_kernels;
+extern const Kernels neon_i8mm_kernels;
+extern const IntegerKernels neon_i8mm_integer_kernels;
+#endif
 #endif
 
 }  // namespace bitllm

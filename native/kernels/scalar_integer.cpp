@@ -93,6 +93,22 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
     }
 }
 
+// What the compiler makes of dot() is the densest loop there is in plain C++, over vectors that
+// stay in the cache.
+int64_t peak(size_t iterations) {
+    constexpr size_t WIDTH = 1024;
+    uint8_t codes[WIDTH + 16];
+    int8_t q[WIDTH];
+    for (size_t i = 0; i < WIDTH + 16; ++i) codes[i] = static_cast<uint8_t>(i % 3);
+    for (size_t i = 0; i < WIDTH; ++i) q[i] = static_cast<int8_t>(i % 251);
+    size_t sum = 0;
+    for (size_t i = 0; i < iterations; ++i)
+        sum += static_cast<size_t>(dot(codes + sum % 16, q, WIDTH));
+    volatile size_t sink = sum;  // has to be computed
+    (void)sink;
+    return static_cast<int64_t>(iterations * WIDTH);
+}
+
 }  // namespace
 
 const IntegerKernels scalar_integer_kernels = {
@@ -100,6 +116,7 @@ const IntegerKernels scalar_integer_kernels = {
                {.matvec = matvec<Packing::BASE3>, .unpack = unpack<Packing::BASE3>}},
     .codes_matmul = codes_matmul,
     .screen_rows = screen_rows,
+    .peak = peak,
 };
 
 }  // namespace bitllm

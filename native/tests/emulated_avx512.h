@@ -15,10 +15,10 @@
 
 namespace bitllm::emulated {
 
-// The 16 lanes of a register, to be looked at one by one.
-template <class Value>
+// The lanes of a register, to be looked at one by one.
+template <class Value, size_t COUNT = 16>
 struct Lanes {
-    Value value[16] = {};
+    Value value[COUNT] = {};
     Lanes() = default;
     template <class Register>
     explicit Lanes(const Register& from) {
@@ -37,6 +37,7 @@ using F32x16 = Lanes<float>;
 using I32x16 = Lanes<int32_t>;
 using U16x16 = Lanes<uint16_t>;
 using I8x16 = Lanes<int8_t>;
+using I8x64 = Lanes<int8_t, 64>;
 
 inline simde__m512 maskz_loadu_ps(uint16_t mask, const void* at) {
     F32x16 lanes;
@@ -58,6 +59,19 @@ inline simde__m256i maskz_loadu_epi16(uint16_t mask, const void* at) {
     return lanes;
 }
 
+inline simde__m128i maskz_loadu_epi8(uint16_t mask, const void* at) {
+    I8x16 lanes;
+    for (int i = 0; i < 16; ++i)
+        if (mask >> i & 1) std::memcpy(&lanes.value[i], static_cast<const char*>(at) + i, 1);
+    return lanes;
+}
+
+inline simde__m512i zextsi256_si512(simde__m256i values) {
+    I8x64 lanes;
+    std::memcpy(lanes.value, &values, sizeof values);
+    return lanes;
+}
+
 inline simde__m512 cvtph_ps(simde__m256i halves) {
     const U16x16 from(halves);
     F32x16 to;
@@ -70,6 +84,19 @@ inline simde__m512i cvtepu16_epi32(simde__m256i values) {
     I32x16 to;
     for (int i = 0; i < 16; ++i) to.value[i] = from.value[i];
     return to;
+}
+
+inline simde__m512i cvtepi8_epi32(simde__m128i values) {
+    const I8x16 from(values);
+    I32x16 to;
+    for (int i = 0; i < 16; ++i) to.value[i] = from.value[i];
+    return to;
+}
+
+inline simde__m512i srai_epi32(simde__m512i values, unsigned count) {
+    I32x16 lanes(values);
+    for (int i = 0; i < 16; ++i) lanes.value[i] >>= count;
+    return lanes;
 }
 
 // Half to even; what int32 cannot hold becomes INT32_MIN.
@@ -102,12 +129,17 @@ inline simde__m128i cvtepi32_epi8(simde__m512i values) {
 }  // namespace bitllm::emulated
 
 using __mmask16 = uint16_t;
+using __mmask64 = uint64_t;
 
 #define _mm512_maskz_loadu_ps bitllm::emulated::maskz_loadu_ps
 #define _mm512_mask_storeu_ps bitllm::emulated::mask_storeu_ps
 #define _mm256_maskz_loadu_epi16 bitllm::emulated::maskz_loadu_epi16
+#define _mm_maskz_loadu_epi8 bitllm::emulated::maskz_loadu_epi8
+#define _mm512_zextsi256_si512 bitllm::emulated::zextsi256_si512
 #define _mm512_cvtph_ps bitllm::emulated::cvtph_ps
 #define _mm512_cvtepu16_epi32 bitllm::emulated::cvtepu16_epi32
+#define _mm512_cvtepi8_epi32 bitllm::emulated::cvtepi8_epi32
+#define _mm512_srai_epi32 bitllm::emulated::srai_epi32
 #define _mm512_cvtps_epi32 bitllm::emulated::cvtps_epi32
 #define _mm512_cvtepi32_ps bitllm::emulated::cvtepi32_ps
 #define _mm512_cvtepi32_epi8 bitllm::emulated::cvtepi32_epi8

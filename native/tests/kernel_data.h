@@ -115,16 +115,21 @@ inline std::vector<int32_t> row_sums(const std::vector<int8_t>& values, size_t r
     return sums;
 }
 
-// Codes (rows x k, in -1 .. 1) in the layout of kernels.h.
-inline std::vector<uint8_t> pack_rows(const std::vector<int8_t>& codes, size_t rows, size_t k) {
-    std::vector<uint8_t> packed(rows * packed_row_bytes(Packing::TWO_BIT, k), 0x55);
-    for (size_t r = 0; r < rows; ++r) {
-        for (size_t i = 0; i < k; ++i) {
-            uint8_t& byte = packed[r * packed_row_bytes(Packing::TWO_BIT, k) + i / 256 * 64 + i % 64];
-            const unsigned shift = static_cast<unsigned>(i % 256 / 64 * 2);
-            const unsigned code = static_cast<unsigned>(codes[r * k + i] + 1);
-            byte = static_cast<uint8_t>((byte & ~(3u << shift)) | code << shift);
+// Codes (rows x k, in -1 .. 1) in a layout of kernels.h.
+inline std::vector<uint8_t> pack_rows(const std::vector<int8_t>& codes, size_t rows, size_t k,
+                                      Packing packing = Packing::TWO_BIT) {
+    const size_t weights = block_weights(packing), bytes = packed_row_bytes(packing, k);
+    std::vector<uint8_t> packed(rows * bytes);
+    for (size_t i = 0; i < packed.size(); ++i) {
+        const size_t row = i / bytes, block = i % bytes / BLOCK_BYTES, b = i % BLOCK_BYTES;
+        unsigned byte = 0;
+        for (size_t first = 0; first < weights; first += BLOCK_BYTES) {
+            const size_t column = block * weights + first + b;
+            const auto code = static_cast<unsigned>(column < k ? codes[row * k + column] + 1 : 1);
+            byte = packing == Packing::BASE3 ? 3 * byte + code : byte | code << (first / 32);
         }
+        if (packing == Packing::BASE3) byte = (256 * byte + 242) / 243;
+        packed[i] = static_cast<uint8_t>(byte);
     }
     return packed;
 }

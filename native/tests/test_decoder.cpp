@@ -120,7 +120,8 @@ struct Model {
                 std::vector<uint8_t> packed(out * canonical_row_bytes(in));
                 bitllm::pack_rows(codes.data(), out, in, packed.data());
                 const std::vector<float> scales(layer ? out : 1, 0.06f);
-                decoder->set_linear(layer, name, packed.data(), out, in, scales);
+                decoder->set_linear(layer, name, {packed.data(), Layout::CANONICAL, out, in},
+                                    scales);
                 decoder->set_linear_bias(layer, name, gains(out));
                 if (i % 2 == layer) decoder->set_linear_norm(layer, name, gains(in), 1e-6f);
             }
@@ -384,13 +385,20 @@ TEST(an_incomplete_model_is_refused) {
     CHECK(throws<std::invalid_argument>(
         [&] { decoder.set_vector(0, VectorName::ATTN_NORM, std::vector<float>(HIDDEN)); }));
     decoder.add_layer({2, 1, 4, Activation::RELU2, 1e-5f, 1.0f, 0, {1.0f, 0.5f}});
-    const std::vector<uint8_t> packed(8 * canonical_row_bytes(HIDDEN), 0xFF);
+    constexpr Layout canonical = Layout::CANONICAL;
+    const std::vector<uint8_t> packed(8 * canonical_row_bytes(HIDDEN), 0xFF), hole(8 * 32, 0);
     const std::vector<float> scales(1, 1.0f);
-    CHECK(throws<std::domain_error>(
-        [&] { decoder.set_linear(0, LinearName::Q, packed.data(), 8, HIDDEN, scales); }));
-    CHECK(throws<std::invalid_argument>([&] {
-        decoder.set_linear(0, LinearName::Q, packed.data(), 8, HIDDEN, std::vector<float>(2));
+    CHECK(throws<std::domain_error>([&] {
+        decoder.set_linear(0, LinearName::Q, {packed.data(), canonical, 8, HIDDEN}, scales);
     }));
+    CHECK(throws<std::domain_error>([&] {
+        decoder.set_linear(0, LinearName::Q, {hole.data(), Layout::ROW_STRIDED, 32, 32}, scales);
+    }));
+    for (const auto& [count, group] : {std::pair<size_t, size_t>{2, 0}, {8, 31}, {1, 32}, {16, 64}})
+        CHECK(throws<std::invalid_argument>([&] {
+            decoder.set_linear(0, LinearName::Q, {packed.data(), canonical, 8, HIDDEN},
+                               std::vector<float>(count), group);
+        }));
     CHECK(throws<std::invalid_argument>(
         [&] { decoder.add_layer({3, 2, 4, Activation::RELU2, 1e-5f, 1.0f, 0, {}}); }));
     const StepInput nothing;

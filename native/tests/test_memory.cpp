@@ -2,8 +2,10 @@
 #include <limits>
 #include <new>
 #include <stdexcept>
+#include <vector>
 
 #include "../memory.h"
+#include "../platform.h"
 #include "check.h"
 
 using namespace bitllm;
@@ -89,4 +91,24 @@ TEST(block_storage_of_a_context_costs_nothing_before_it_is_used) {
     CHECK(
         throws<std::bad_alloc>([] { BlockStorage(std::numeric_limits<size_t>::max() / 64, 128); }));
     CHECK(throws<std::bad_alloc>([] { BlockStorage(1, std::numeric_limits<size_t>::max()); }));
+}
+
+TEST(pieces_are_apart_zero_and_take_memory_when_they_are_used) {
+    const size_t before = resident_bytes();
+    PieceStore store;
+    CHECK(store.take(0).empty());
+    std::vector<std::span<std::byte>> pieces;
+    for (const size_t bytes : {size_t{1}, size_t{100}, size_t{1} << 18, size_t{300001},
+                               size_t{30} << 20, size_t{40} << 20, size_t{70} << 20}) {
+        const std::span<std::byte> piece = store.take(bytes);
+        CHECK(piece.size() == bytes && aligned(piece.data()));
+        CHECK(piece.front() == std::byte{0} && piece.back() == std::byte{0});
+        piece.front() = piece.back() = std::byte{1};
+        for (const std::span<std::byte> other : pieces)
+            CHECK(other.data() + other.size() <= piece.data() ||
+                  piece.data() + piece.size() <= other.data());
+        pieces.push_back(piece);
+    }
+    CHECK(resident_bytes() < before + (size_t{32} << 20));
+    CHECK(throws<std::bad_alloc>([&] { store.take(std::numeric_limits<size_t>::max() / 2); }));
 }

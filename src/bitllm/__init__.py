@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bitllm.errors import ContextOverflowError as ContextOverflowError
     from bitllm.errors import FormatError as FormatError
     from bitllm.errors import InsufficientMemoryError as InsufficientMemoryError
+    from bitllm.errors import MeasurementError as MeasurementError
     from bitllm.errors import MissingTensorError as MissingTensorError
     from bitllm.errors import ModelNotFoundError as ModelNotFoundError
     from bitllm.errors import NotTernaryError as NotTernaryError
@@ -54,6 +55,7 @@ _HOMES = {
         "ContextOverflowError",
         "FormatError",
         "InsufficientMemoryError",
+        "MeasurementError",
         "MissingTensorError",
         "ModelNotFoundError",
         "NotTernaryError",
@@ -79,6 +81,7 @@ __all__ = [
     "EngineOptions",
     "FormatError",
     "InsufficientMemoryError",
+    "MeasurementError",
     "MissingTensorError",
     "ModelNotFoundError",
     "NotTernaryError",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 class Decoder:
     """A model on the CPU: built piece by piece, then prepare()d."""
 
-    def __init__(self, *, isa: str, vocab: int, hidden: int, norm_eps: float, embedding_scale: float, kv_blocks: int, kv_dtype: str, threads: int, max_batch_tokens: int) -> None: ...
+    def __init__(self, *, isa: str, vocab: int, hidden: int, norm_eps: float, embedding_scale: float, kv_blocks: int, kv_dtype: str, threads: int, max_batch_tokens: int, packing: str) -> None: ...
 
     def add_layer(self, *, heads: int, kv_heads: int, head_dim: int, activation: str, norm_eps: float, query_scale: float, window: int, inverse_frequencies: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int:
         """Append a layer and return its index."""
@@ -29,8 +29,8 @@ class Decoder:
     def set_vector(self, layer: int, name: str, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
         """Copy a norm of a layer, by its canonical name."""
 
-    def set_linear(self, layer: int, name: str, packed: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], in_features: int, scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
-        """Repack a matrix from the canonical packing."""
+    def set_linear(self, layer: int, name: str, stored: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], layout: str, out_features: int, in_features: int, scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int) -> int:
+        """Pack a matrix for the kernels; returns how many rows are not all zero."""
 
     def set_linear_norm(self, layer: int, name: str, gain: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], eps: float) -> None: ...
 
@@ -41,6 +41,25 @@ class Decoder:
 
     def forward(self, token_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], run_offsets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], block_tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], adapter_slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], output_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], output_kinds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], score_targets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], score_top_n: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], temperature: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_k: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], min_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], seed: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], choice: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], position: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_logprobs: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], repetition_penalty: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], frequency_penalty: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], presence_penalty: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], seen_offsets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], seen_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], seen_counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], bias_offsets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], bias_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], bias_values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], mask: Annotated[NDArray[numpy.uint32], dict(shape=(None, None), order='C', device='cpu', writable=False)], mask_rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], hidden: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], sampled: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')], logprobs: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], top_ids: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')], top_values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None:
         """One step: Batch, SamplePlan, then the arrays of StepOutput to fill."""
+
+    def measure_stages(self, on: bool) -> None:
+        """
+        Forget what the stages of steps took; measure them from now on or no more.
+        """
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """
+        Seconds of each stage since measure_stages(True), the mean of the workers.
+        """
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of all steps since measure_stages(), or since loading."""
+
+    @property
+    def packed_bytes(self) -> dict[str, int]:
+        """Bytes of packed ternary weights, by linear, over all layers."""
 
     def copy_blocks(self, pairs: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> None: ...
 
@@ -62,6 +81,9 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int: ...
+
+    @property
+    def rounded_head_bytes(self) -> int: ...
 
     @property
     def head(self) -> str: ...
@@ -107,5 +129,11 @@ def resident_file_bytes() -> int:
 
 def read_bandwidth(threads: int, nbytes: int) -> float:
     """
-    Bytes a second at which the threads together read a buffer of main memory.
+    Bytes a second at which the threads together read a buffer again and again.
     """
+
+def peak_multiplications(isa: str, threads: int) -> float:
+    """8-bit multiplications a second in the densest loop of a kernel set."""
+
+def quantized_operations(isa: str, packing: str, threads: int, rows: int, columns: int, seconds: float) -> float:
+    """Operations (quantise, multiply, rescale) a second that the threads do."""

@@ -25,6 +25,7 @@ A gain stored as (gain - 1) is turned into the plain gain by the reader.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -42,9 +43,11 @@ __all__ = [
     "DenseTensor",
     "LayerSpec",
     "LinearSpec",
+    "MappedSource",
     "ModelSpec",
     "RopeSpec",
     "ScaleConvention",
+    "StridedMatrix",
     "TensorSource",
     "TernaryMatrix",
 ]
@@ -165,6 +168,25 @@ class TernaryMatrix:
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.packed.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class StridedMatrix:
+    """A ternary matrix [out, in] left as transformers writes it, for backends that convert it.
+
+    `stored` is uint8 [ceil(out / 4), in], as a rule a view of a mapped file: bits 2i of
+    stored[r, k] hold code + 1 of element (r + i * ceil(out / 4), k). Nobody has looked at them yet:
+    they may hold the code 3, which a backend must refuse. `scales` is float32 () and multiplies.
+    """
+
+    stored: npt.NDArray[np.uint8]
+    out_features: int
+    scales: npt.NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, int(self.stored.shape[1])
 
 
 _LARGEST_CONTEXT = 2**53
@@ -423,6 +445,26 @@ class TensorSource(Protocol):
         """Read and convert the ternary matrix called `name`, or None; nothing is cached."""
 
 
+class MappedSource(ABC):
+    """A `TensorSource` over mapped files, some of whose matrices a backend may convert itself."""
+
+    @abstractmethod
+    def dense(self, name: str) -> DenseTensor | None:
+        """Return the dense tensor called `name`, or None if the source has none."""
+
+    @abstractmethod
+    def ternary(self, name: str) -> TernaryMatrix | None:
+        """Read and convert the ternary matrix called `name`, or None; nothing is cached."""
+
+    @abstractmethod
+    def strided(self, name: str) -> StridedMatrix | None:
+        """Return a view of the matrix called `name` if it is stored so, else None."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Drop from memory what was read of the files; it is read again where it is used again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model ready to be loaded by a backend: its architecture and its tensors, one at a time."""
@@ -454,10 +496,30 @@ class Checkpoint:
         matrix = self.source.ternary(name)
         if matrix is None:
             raise self._missing(name)
+        self._check_shape(name, matrix.shape, self._linear_shape(name))
+        return matrix
+
+    def strided(self, name: str) -> StridedMatrix | None:
+        """Return the ternary matrix called `name` as it is mapped, None if it has to be converted.
+
+        Raises:
+            TensorShapeError: its shape is not the one the architecture asks for.
+        """
+        source = self.source
+        matrix = source.strided(name) if isinstance(source, MappedSource) else None
+        if matrix is not None:
+            self._check_shape(name, matrix.shape, self._linear_shape(name))
+        return matrix
+
+    def release(self) -> None:
+        """Drop from memory what was read of mapped files; views of them stay valid."""
+        if isinstance(self.source, MappedSource):
+            self.source.release()
+
+    def _linear_shape(self, name: str) -> tuple[int, int]:
         _, index, linear = name.split(".")
         spec = self.spec.layers[int(index)].linear(linear)
-        self._check_shape(name, matrix.shape, (spec.out_features, spec.in_features))
-        return matrix
+        return spec.out_features, spec.in_features
 
     def _check_shape(
         self, name: str, shape: tuple[int, ...], wanted: tuple[int, ...] | None

@@ -13,6 +13,7 @@
     ├── TokenizerError            text to ids, ids to text
     │   └── ChatTemplateError     no chat template, or one that fails
     ├── TrainingError             a training run that cannot go on
+    ├── MeasurementError          a benchmark whose output is wrong, or whose figure cannot be
     ├── BackendUnavailableError   a device that is not on this machine, or lacks its library
     ├── ContextOverflowError      more tokens than the context window or the KV cache holds
     └── InsufficientMemoryError   the memory plan does not fit
@@ -32,6 +33,7 @@ __all__ = [
     "ContextOverflowError",
     "FormatError",
     "InsufficientMemoryError",
+    "MeasurementError",
     "MissingTensorError",
     "ModelNotFoundError",
     "NotTernaryError",
@@ -106,6 +108,10 @@ class ChatTemplateError(TokenizerError):
 
 class TrainingError(BitllmError):
     """A training run that cannot go on: its loss is no number any more."""
+
+
+class MeasurementError(BitllmError):
+    """A benchmark whose output is wrong, or whose figure cannot be."""
 
 
 class BackendUnavailableError(BitllmError):

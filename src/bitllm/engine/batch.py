@@ -2,49 +2,117 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, replace
+from operator import is_not
 
 import numpy as np
 import numpy.typing as npt
 
 from bitllm.backends.base import Batch, OutputKind, SamplePlan
+from bitllm.engine.request import Request
 from bitllm.engine.scheduler import Run
 from bitllm.engine.sequence import Sequence
 
-__all__ = ["build_batch", "build_plan"]
+__all__ = ["BatchBuilder", "build_plan"]
 
 I32 = npt.NDArray[np.int32]
 
 
-def build_batch(runs: Ordered[Run], vocab_size: int) -> Batch:
-    """Return one step's batch; each run that `samples` asks for one SAMPLE, in order.
+class BatchBuilder:
+    """Turns the scheduled runs of each step into a `Batch`.
+
+    While the same requests decode, most arrays of one step are those of the step before: they are
+    kept and given out again, so nobody may write into a batch.
 
     Args:
-        runs: at least one, with blocks for all of their tokens.
         vocab_size: width of the token masks.
     """
-    tokens: list[int] = []
-    offsets = [0]
-    positions: list[range] = []
-    rows: list[int] = []
-    for run in runs:
-        start = run.sequence.computed
-        tokens += run.sequence.token_ids[start : start + run.length]
-        positions.append(range(start, start + run.length))
-        offsets.append(len(tokens))
-        if run.samples:
-            rows.append(len(tokens) - 1)
-    return Batch(
-        token_ids=np.array(tokens, np.int32),
-        positions=np.fromiter((p for part in positions for p in part), np.int32, len(tokens)),
-        run_offsets=np.array(offsets, np.int32),
-        block_tables=_block_tables(runs),
-        adapter_slots=np.full(len(runs), -1, np.int32),
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._requests: list[Request] | None = None  # of a plan that can be used again
+        self._plan = SamplePlan.greedy()
+        self._of_one = _shape([], [])
+
+    def build(self, runs: Ordered[Run]) -> Batch:
+        """Return one step's batch; each run that `samples` asks for one SAMPLE, in order.
+
+        Args:
+            runs: at least one, with blocks for all of their tokens.
+        """
+        sampling = [run.sequence for run in runs if run.samples]
+        if len(sampling) == len(runs) and all(run.length == 1 for run in runs):
+            shape = self._shape_of_one(len(runs))
+            tokens = [run.sequence.token_ids[run.sequence.computed] for run in runs]
+            positions = [run.sequence.computed for run in runs]
+        else:
+            shape = _shape_of(runs)
+            tokens, positions = [], []
+            for run in runs:
+                start, end = run.sequence.computed, run.sequence.computed + run.length
+                tokens += run.sequence.token_ids[start:end]
+                positions += range(start, end)
+        return Batch(
+            token_ids=np.array(tokens, np.int32),
+            positions=np.array(positions, np.int32),
+            run_offsets=shape.run_offsets,
+            block_tables=_block_tables(runs),
+            adapter_slots=shape.adapter_slots,
+            output_rows=shape.output_rows,
+            output_kinds=shape.output_kinds,
+            plan=self._plan_for(sampling),
+        )
+
+    def _shape_of_one(self, count: int) -> _Shape:
+        if len(self._of_one.adapter_slots) != count:
+            self._of_one = _shape([1] * count, range(count))
+        return self._of_one
+
+    def _plan_for(self, sequences: list[Sequence]) -> SamplePlan:
+        requests = [sequence.request for sequence in sequences]
+        kept = self._requests
+        if kept is None or len(kept) != len(requests) or any(map(is_not, kept, requests)):
+            self._plan = build_plan(sequences, self._vocab_size)
+            self._requests = requests if all(map(_lasts, sequences)) else None
+            return self._plan
+        positions = np.array([sequence.generated for sequence in sequences], np.int32)
+        self._plan = replace(self._plan, position=positions)
+        return self._plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """The arrays of a batch that say only how long its runs are and which of them sample."""
+
+    run_offsets: I32
+    adapter_slots: I32
+    output_rows: I32
+    output_kinds: npt.NDArray[np.uint8]
+
+
+def _lasts(sequence: Sequence) -> bool:
+    """Whether the plan for this sequence says the same at each token to come, but for its place."""
+    request = sequence.request
+    may_end = not request.banned_ids or sequence.generated >= request.min_tokens
+    return may_end and not request.penalised
+
+
+def _shape(lengths: Ordered[int], rows: Ordered[int]) -> _Shape:
+    return _Shape(
+        run_offsets=np.cumsum([0, *lengths], dtype=np.int32),
+        adapter_slots=np.full(len(lengths), -1, np.int32),
         output_rows=np.array(rows, np.int32),
         output_kinds=np.full(len(rows), OutputKind.SAMPLE, np.uint8),
-        plan=build_plan([run.sequence for run in runs if run.samples], vocab_size),
     )
+
+
+def _shape_of(runs: Ordered[Run]) -> _Shape:
+    ends = list(itertools.accumulate(run.length for run in runs))
+    rows = [end - 1 for run, end in zip(runs, ends, strict=True) if run.samples]
+    return _shape([run.length for run in runs], rows)
 
 
 def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:

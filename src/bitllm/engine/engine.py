@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from bitllm.backends.base import KV_BLOCK_SIZE, Decoder, StepOutput
-from bitllm.engine.batch import build_batch
+from bitllm.engine.batch import BatchBuilder
 from bitllm.engine.blocks import BlockPool
 from bitllm.engine.outputs import Chunk, TokenLogprob
 from bitllm.engine.request import Request
@@ -48,6 +48,7 @@ class Engine:
         self._make_detokenizer = make_detokenizer
         self._pool = BlockPool(decoder.kv_capacity)
         self._scheduler = Scheduler(self._pool, max_batch_tokens)
+        self._batches = BatchBuilder(decoder.spec.vocab_size)
         # Reentrant, because the garbage collector may close a stream, and so abort its sequence, in
         # the middle of a step of the same thread. Such aborts wait in `_aborted`.
         self._lock = threading.RLock()
@@ -162,7 +163,7 @@ class Engine:
             now = time.perf_counter()
             for run in runs:
                 run.sequence.started(now)
-            batch = build_batch(runs, self._decoder.spec.vocab_size)
+            batch = self._batches.build(runs)
             self._apply(runs, self._decoder.forward(batch))
             complete = True
         finally:

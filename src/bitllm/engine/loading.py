@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack
 
 from bitllm.backends import get_backend
 from bitllm.backends.base import LoadOptions
-from bitllm.checkpoint import Checkpoint, DenseTensor, TensorSource, TernaryMatrix
+from bitllm.checkpoint import Checkpoint, DenseTensor, MappedSource, StridedMatrix, TernaryMatrix
 from bitllm.config import EngineOptions, HeadName, KvDtype, PackingName, SamplingParams
 from bitllm.engine.llm import LLM
 from bitllm.engine.memory_plan import plan_memory
@@ -105,30 +105,39 @@ def load(
     )
 
 
-class _CountedSource:
-    """A `TensorSource` that tells how many of its ternary matrices have been read."""
+class _CountedSource(MappedSource):
+    """A source that tells how many ternary matrices have been read of a checkpoint."""
 
-    def __init__(
-        self, source: TensorSource, total: int, progress: Callable[[int, int], None]
-    ) -> None:
-        self._source = source
-        self._total = total
+    def __init__(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
+        self._checkpoint = checkpoint
+        self._total = sum(1 for _ in checkpoint.spec.linear_names())
         self._done = 0
         self._progress = progress
 
     def dense(self, name: str) -> DenseTensor | None:
-        return self._source.dense(name)
+        return self._checkpoint.source.dense(name)
 
     def ternary(self, name: str) -> TernaryMatrix | None:
-        matrix = self._source.ternary(name)
+        matrix = self._checkpoint.source.ternary(name)
+        self._count()
+        return matrix
+
+    def strided(self, name: str) -> StridedMatrix | None:
+        matrix = self._checkpoint.strided(name)
+        if matrix is not None:
+            self._count()
+        return matrix
+
+    def release(self) -> None:
+        self._checkpoint.release()
+
+    def _count(self) -> None:
         self._done += 1
         self._progress(self._done, self._total)
-        return matrix
 
 
 def _counted(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Checkpoint:
-    total = sum(1 for _ in checkpoint.spec.linear_names())
-    return replace(checkpoint, source=_CountedSource(checkpoint.source, total, progress))
+    return replace(checkpoint, source=_CountedSource(checkpoint, progress))
 
 
 def model_defaults(suggested: GenerationDefaults, stop_ids: frozenset[int]) -> ModelDefaults:

@@ -11,14 +11,24 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from bitllm.checkpoint import Checkpoint, DenseTensor, LinearSpec, ModelSpec, TernaryMatrix
+from bitllm.checkpoint import (
+    Checkpoint,
+    DenseTensor,
+    LinearSpec,
+    MappedSource,
+    ModelSpec,
+    StridedMatrix,
+    TernaryMatrix,
+)
 from bitllm.errors import (
     CheckpointError,
     FormatError,
@@ -151,8 +161,8 @@ class _Projection:
     has_scale: bool
 
 
-class _HuggingFaceSource:
-    """A `TensorSource` over mapped safetensors files."""
+class _HuggingFaceSource(MappedSource):
+    """A source over mapped safetensors files."""
 
     def __init__(
         self,
@@ -191,15 +201,38 @@ class _HuggingFaceSource:
             return None
         stored = f"{projection.module}.weight"
         file = self._files[stored]
-        try:
+        with self._naming(stored):
             matrix = self._read(projection, self._linears[name])
-        except (FormatError, NotTernaryError, QuantizationError) as error:
-            kind = NotTernaryError if isinstance(error, NotTernaryError) else FormatError
-            raise kind(f"{file.path}: {stored!r}: {error.message}", hint=error.hint) from error
         file.release(stored)
         if (matrix.packed == _ZERO_WEIGHTS).all():
             warnings.warn(f"{file.path}: every weight of {stored!r} is zero", stacklevel=2)
         return matrix
+
+    def strided(self, name: str) -> StridedMatrix | None:
+        """Return a view of the matrix called `name` if the file holds it packed, else None."""
+        projection = self._projections.get(name)
+        if projection is None or projection.storage != "packed":
+            return None
+        stored = f"{projection.module}.weight"
+        data: Any = self._files[stored].array(stored)
+        with self._naming(stored):
+            scale, _ = self._stored_scale(projection, np.float32(1))
+        return StridedMatrix(data, self._linears[name].out_features, scale)
+
+    def release(self) -> None:
+        """Drop from memory what was read of the files."""
+        for file in set(self._files.values()):
+            file.release()
+
+    @contextmanager
+    def _naming(self, stored: str) -> Iterator[None]:
+        """Put the file and the tensor in front of what is wrong with it."""
+        try:
+            yield
+        except (FormatError, NotTernaryError, QuantizationError) as error:
+            kind = NotTernaryError if isinstance(error, NotTernaryError) else FormatError
+            where = f"{self._files[stored].path}: {stored!r}"
+            raise kind(f"{where}: {error.message}", hint=error.hint) from error
 
     def _scales_bias(self, linear: str) -> bool:
         """Whether transformers multiplies the bias by the weight scale too: (x W + b) * scale.
@@ -348,23 +381,33 @@ class _HuggingFaceSource:
     def _with_stored_scale(
         self, projection: _Projection, linear: LinearSpec, weights: PackedWeights
     ) -> TernaryMatrix:
-        """Apply the file's weight scale, which multiplies or divides, to codes of size `scale`."""
+        scale, stored = self._stored_scale(projection, weights.scale)
+        return TernaryMatrix(
+            weights.packed,
+            linear.in_features,
+            scale,
+            source_scales=stored if weights.scale == 1 else None,
+            source_convention=self._quantization.convention,
+        )
+
+    def _stored_scale(
+        self, projection: _Projection, size: np.float32
+    ) -> tuple[npt.NDArray[np.float32], DenseTensor]:
+        """Apply the file's weight scale, which multiplies or divides, to codes of size `size`.
+
+        Returns:
+            float32 (), and what the file holds.
+        """
         name = f"{projection.module}.weight_scale"
         stored = self._files[name].dense(name)
         stored = replace(stored, data=stored.data.reshape(()).copy())
         value = stored.to_float32()
         divides = self._quantization.convention == "divide"
         with np.errstate(divide="ignore", over="ignore"):
-            scale = weights.scale / value if divides else weights.scale * value
+            scale = size / value if divides else size * value
         if not (np.isfinite(scale) and scale > 0 and np.isfinite(value)):
             raise FormatError(f"the weight scale {value} is not a positive number")
-        return TernaryMatrix(
-            weights.packed,
-            linear.in_features,
-            np.asarray(scale, np.float32),
-            source_scales=stored if weights.scale == 1 else None,
-            source_convention=self._quantization.convention,
-        )
+        return np.asarray(scale, np.float32), stored
 
 
 def _may_run_for_ever(pattern: str) -> bool:

@@ -138,13 +138,15 @@ class SafetensorsFile:
             )
         return DenseTensor(self.array(name), _DENSE[entry.dtype])  # type: ignore[arg-type]
 
-    def release(self, name: str) -> None:
-        """Drop the pages of a tensor from memory; they are read again if they are used again."""
-        entry = self.entry(name)
-        start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+    def release(self, name: str | None = None) -> None:
+        """Drop the pages of a tensor, or of all, from memory; they are read again if used again."""
+        start, stop = 0, self._size
+        if name is not None:
+            entry = self.entry(name)
+            start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
+            stop = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import numpy.typing as npt
 
 from bitllm import _native
 from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions
 from bitllm.backends.cpu.decoder import CpuDecoder
-from bitllm.checkpoint import LINEAR_NAMES, Checkpoint, DenseTensor, LayerSpec, ModelSpec
+from bitllm.backends.cpu.tuning import choose_packing
+from bitllm.backends.sizes import (
+    Packing,
+    kv_bytes_per_token,
+    rounded_head_bytes,
+    ternary_bytes,
+)
+from bitllm.checkpoint import (
+    LINEAR_NAMES,
+    Checkpoint,
+    DenseTensor,
+    LayerSpec,
+    ModelSpec,
+    StridedMatrix,
+    TernaryMatrix,
+)
 from bitllm.errors import (
     ConfigError,
     FormatError,
     InsufficientMemoryError,
     QuantizationError,
-    TensorShapeError,
     UnsupportedModelError,
 )
 
-__all__ = ["CpuBackend", "memory_plan"]
+__all__ = ["CpuBackend"]
 
 _LARGEST_INPUT = (1 << 24) // 127  # int32 accumulators pass through float32, exact up to 2^24
 _KV_TYPES = {"bf16": "bf16", "fp32": "f32", "int8": "i8"}  # the names of the native code
-_TERNARY_BLOCK = 256  # weights; the kernels pad rows to whole blocks
+_GROUP_GRAIN = 32  # columns that the kernels multiply at once
 
 
 class CpuBackend:
@@ -31,11 +47,14 @@ class CpuBackend:
     name = "cpu"
 
     def load(self, checkpoint: Checkpoint, options: LoadOptions) -> CpuDecoder:
-        """Repack the ternary matrices of `checkpoint` one by one; embedding and head stay mapped.
+        """Pack the ternary matrices of `checkpoint` one by one; embedding and head stay mapped.
+
+        What was read of mapped files is dropped from memory after each matrix.
 
         Raises:
             CheckpointError: a tensor is missing or broken, or the model has a feature that the
-                native decoder does not run (group scales, activations that are not quantised).
+                native decoder does not run (activations that are not quantised, scales of groups
+                whose size is no multiple of 32).
             ConfigError: `options.isa` names a kernel set that this machine does not run, or the
                 system refuses so many threads.
             InsufficientMemoryError: weights and KV cache do not fit into the free memory.
@@ -45,21 +64,34 @@ class CpuBackend:
         threads = options.threads or _native.cpu_info()["physical_cores"]
         kv_blocks = -(-(options.kv_tokens or spec.max_context) // KV_BLOCK_SIZE)
         _refuse_unsupported(checkpoint)
-        _refuse_too_large(checkpoint, kv_blocks, options)
+        packing = choose_packing(
+            options.packing,
+            cpu=_native.cpu_info()["name"],
+            isa=isa,
+            threads=threads,
+            ternary_bytes=ternary_bytes(spec, "2bit"),
+        ).name
+        _refuse_too_large(checkpoint, kv_blocks, options, packing)
         try:
-            native = _empty_decoder(spec, options, isa, threads, kv_blocks)
+            native = _empty_decoder(spec, options, isa, threads, kv_blocks, packing)
             dense_bytes = _load_tensors(native, checkpoint, options.head)
             native.prepare()
+            checkpoint.release()
         except MemoryError as error:
             raise InsufficientMemoryError(
                 f"{checkpoint.origin}: the system refused memory for weights, KV cache or scratch",
                 hint="ask for a shorter context (kv_tokens) or a smaller max_batch_tokens",
             ) from error
-        return CpuDecoder(native, spec, options, isa, threads, dense_bytes)
+        return CpuDecoder(native, spec, options, isa, threads, packing, dense_bytes)
 
 
 def _empty_decoder(
-    spec: ModelSpec, options: LoadOptions, isa: str, threads: int, kv_blocks: int
+    spec: ModelSpec,
+    options: LoadOptions,
+    isa: str,
+    threads: int,
+    kv_blocks: int,
+    packing: Packing,
 ) -> _native.Decoder:
     try:
         return _native.Decoder(
@@ -72,24 +104,12 @@ def _empty_decoder(
             kv_dtype=_KV_TYPES[options.kv_dtype],
             threads=threads,
             max_batch_tokens=options.max_batch_tokens,
+            packing=packing,
         )
     except RuntimeError as error:
         raise ConfigError(
             f"the system does not give {threads} threads: {error}", hint="ask for fewer threads"
         ) from error
-
-
-def memory_plan(spec: ModelSpec, kv_blocks: int, kv_dtype: str) -> tuple[int, int]:
-    """Return the bytes that (repacked weights, KV cache) of a model take; embedding and head not.
-
-    Those two stay in the mapped file, which the system may drop from memory and read again.
-    """
-    weights = sum(
-        linear.out_features * -(-linear.in_features // _TERNARY_BLOCK) * _TERNARY_BLOCK // 4
-        for _, linear in spec.linear_names()
-    )
-    values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in spec.layers)
-    return weights, kv_blocks * KV_BLOCK_SIZE * values * (2 if kv_dtype == "bf16" else 4)
 
 
 def _kernel_set(wanted: str | None) -> str:
@@ -118,8 +138,15 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
             )
 
 
-def _refuse_too_large(checkpoint: Checkpoint, kv_blocks: int, options: LoadOptions) -> None:
-    weights, cache = memory_plan(checkpoint.spec, kv_blocks, options.kv_dtype)
+def _refuse_too_large(
+    checkpoint: Checkpoint, kv_blocks: int, options: LoadOptions, packing: Packing
+) -> None:
+    # Embedding and head stay in the mapped file, which the system may drop and read again.
+    spec = checkpoint.spec
+    head = checkpoint.dense("embed" if spec.tied_head else "head")
+    weights = ternary_bytes(spec, packing)
+    weights += rounded_head_bytes(spec, options.head, head.data.itemsize)
+    cache = kv_blocks * KV_BLOCK_SIZE * kv_bytes_per_token(spec, options.kv_dtype)
     free = _native.available_memory()
     if free and weights + cache > free:
         raise InsufficientMemoryError(
@@ -133,8 +160,8 @@ def _refuse_too_large(checkpoint: Checkpoint, kv_blocks: int, options: LoadOptio
 def _load_tensors(native: _native.Decoder, checkpoint: Checkpoint, head_kind: str) -> int:
     """Hand every tensor to the native decoder; returns the bytes of embedding and head."""
     spec = checkpoint.spec
-    embed = _dense(checkpoint, "embed")
-    head = embed if spec.tied_head else _dense(checkpoint, "head")
+    embed = checkpoint.dense("embed")
+    head = embed if spec.tied_head else checkpoint.dense("head")
     native.set_embedding(_bytes(embed), embed.dtype)
     native.set_head(_bytes(head), head.dtype, head_kind)
     native.set_final_norm(_vector(checkpoint, "final_norm"))
@@ -159,38 +186,56 @@ def _load_tensors(native: _native.Decoder, checkpoint: Checkpoint, head_kind: st
 def _load_linear(native: _native.Decoder, checkpoint: Checkpoint, index: int, name: str) -> None:
     full_name = f"layers.{index}.{name}"
     linear = checkpoint.spec.layers[index].linear(name)
-    matrix = checkpoint.ternary(full_name)
-    if matrix.shape != (linear.out_features, linear.in_features):
-        raise TensorShapeError(
-            f"{checkpoint.origin}: {full_name} has the shape {matrix.shape}, "
-            f"the configuration says {(linear.out_features, linear.in_features)}",
-            hint="check that config.json belongs to these weights",
-        )
-    if matrix.group_size is not None:
+    # A layout the native code reads by itself takes half the time.
+    matrix = checkpoint.strided(full_name) or checkpoint.ternary(full_name)
+    try:
+        rows = _set_linear(native, checkpoint, matrix, index, name)
+    except ValueError as error:
+        if isinstance(matrix, StridedMatrix):
+            checkpoint.ternary(full_name)  # the reader finds the place that is damaged
+        raise QuantizationError(
+            f"{checkpoint.origin}: {full_name}: {error}",
+            hint="the file is damaged or of another format than it says",
+        ) from error
+    if rows == 0 and isinstance(matrix, StridedMatrix):
+        warnings.warn(f"{checkpoint.origin}: every weight of {full_name} is zero", stacklevel=2)
+    del matrix
+    checkpoint.release()
+    if linear.norm_eps is not None:
+        gain = _vector(checkpoint, f"{full_name}.norm")
+        native.set_linear_norm(index, name, gain, linear.norm_eps)
+    if linear.bias:
+        native.set_linear_bias(index, name, _vector(checkpoint, f"{full_name}.bias"))
+
+
+def _set_linear(
+    native: _native.Decoder,
+    checkpoint: Checkpoint,
+    matrix: TernaryMatrix | StridedMatrix,
+    index: int,
+    name: str,
+) -> int:
+    """Pack a matrix; returns how many of its rows are not all zero."""
+    full_name, group = f"layers.{index}.{name}", 0
+    if isinstance(matrix, StridedMatrix):
+        stored, layout = matrix.stored, "row_strided"
+    else:
+        stored, layout, group = matrix.packed, "canonical", matrix.group_size or 0
+    if group % _GROUP_GRAIN:
         raise UnsupportedModelError(
-            f"{checkpoint.origin}: {full_name} has a scale for each group of "
-            f"{matrix.group_size} weights, which the cpu device does not run yet",
+            f"{checkpoint.origin}: {full_name} has a scale for each group of {group} weights; "
+            f"the cpu device runs groups of multiples of {_GROUP_GRAIN}",
             hint='use device="reference"',
         )
-    packed = np.ascontiguousarray(matrix.packed)
     scales = np.ascontiguousarray(matrix.scales).reshape(-1)
     if not np.isfinite(scales).all():
         raise QuantizationError(
             f"{checkpoint.origin}: a scale of {full_name} is NaN or infinite",
             hint="the file is damaged; download it again",
         )
-    try:
-        native.set_linear(index, name, packed, matrix.in_features, scales)
-    except ValueError as error:
-        raise QuantizationError(
-            f"{checkpoint.origin}: {full_name}: {error}",
-            hint="the file is damaged or of another format than it says",
-        ) from error
-    if linear.norm_eps is not None:
-        gain = _vector(checkpoint, f"{full_name}.norm")
-        native.set_linear_norm(index, name, gain, linear.norm_eps)
-    if linear.bias:
-        native.set_linear_bias(index, name, _vector(checkpoint, f"{full_name}.bias"))
+    return native.set_linear(
+        index, name, np.ascontiguousarray(stored), layout, *matrix.shape, scales, group
+    )
 
 
 def _norm_names(layer: LayerSpec) -> list[str]:
@@ -213,7 +258,7 @@ def _bytes(tensor: DenseTensor) -> npt.NDArray[np.uint8]:
 
 
 def _vector(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
-    values = np.ascontiguousarray(_dense(checkpoint, name).to_float32())
+    values = np.ascontiguousarray(checkpoint.dense(name).to_float32())
     if not np.isfinite(values).all():
         # Rounding to int8 would make numbers of it again, and the text only nonsense.
         raise FormatError(
@@ -221,14 +266,3 @@ def _vector(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
             hint="the file is damaged; download it again",
         )
     return values
-
-
-def _dense(checkpoint: Checkpoint, name: str) -> DenseTensor:
-    tensor, shape = checkpoint.dense(name), checkpoint.spec.dense_shapes()[name]
-    if tensor.shape != shape:
-        raise TensorShapeError(
-            f"{checkpoint.origin}: {name} has the shape {tensor.shape}, "
-            f"the configuration says {shape}",
-            hint="check that config.json belongs to these weights",
-        )
-    return tensor

@@ -47,6 +47,7 @@ class CpuDecoder:
         options: LoadOptions,
         kernel: str,
         threads: int,
+        packing: str,
         dense_bytes: int,
     ) -> None:
         self.spec = spec
@@ -61,6 +62,7 @@ class CpuDecoder:
             kv_bytes=native.kv_bytes,
             scratch_bytes=native.scratch_bytes,
             head=native.head,
+            packing=packing,
         )
 
     @property
@@ -130,6 +132,30 @@ class CpuDecoder:
                 f"{len(blocks)} KV blocks need uint8 {list(wanted)}, got {data.dtype} {data.shape}"
             )
         native.write_blocks(np.ascontiguousarray(blocks, np.int32), np.ascontiguousarray(data))
+
+    @property
+    def rounded_head_bytes(self) -> int:
+        """Bytes of the rounded copy of the head that steps read; 0 where there is none."""
+        return self._open().rounded_head_bytes
+
+    def packed_bytes(self) -> dict[str, int]:
+        """Return the bytes of packed ternary weights, by linear, over all layers."""
+        return self._open().packed_bytes
+
+    def measure_stages(self, on: bool) -> None:
+        """Forget what steps and their stages took; measure stages from now on, or no more."""
+        self._open().measure_stages(on)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Return the seconds of each stage since `measure_stages(True)`, the mean of the workers.
+
+        "wait" is the time that a worker waits for others at the end of stages.
+        """
+        return self._open().stage_seconds
+
+    def step_seconds(self) -> float:
+        """Return the seconds of all native steps since `measure_stages`, or since loading."""
+        return self._open().step_seconds
 
     def close(self) -> None:
         """Free weights and KV storage, after a step that is under way; no use afterwards."""

@@ -1,0 +1,91 @@
+"""No figure without right output: the model's steps against those of the scalar kernels, by bits.
+
+The numerics contract makes this a comparison with `==`: logits have the same bits on every kernel
+set, packing, thread count and batch, and drawn tokens are those of the full head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bitllm.backends.base import Backend, Decoder, LoadOptions, OutputKind
+from bitllm.bench.steps import Run, Sequences, prompt_ids
+from bitllm.checkpoint import Checkpoint
+from bitllm.errors import MeasurementError
+
+__all__ = ["CONTEXT", "SEQUENCES", "Evidence", "evidence", "reference_evidence", "require_equal"]
+
+PROMPT_TOKENS = 19
+"""No multiple of what kernels take at once."""
+DECODED_TOKENS = 3
+SEQUENCES = 2
+CONTEXT = 32
+"""Sequences, and positions of each, that the comparison needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Logits float32 [steps, vocabulary] and tokens int32 [steps] of some steps."""
+
+    logits: npt.NDArray[np.float32]
+    tokens: npt.NDArray[np.int32]
+
+
+def evidence(decoder: Decoder) -> Evidence:
+    """Return what a prompt and some decoded tokens give, of one sequence and of two together.
+
+    The tokens that are fed do not depend on those that are drawn, so that one wrong token is one.
+    """
+    sequences = Sequences(decoder, SEQUENCES, CONTEXT, PROMPT_TOKENS)
+    ids = prompt_ids(PROMPT_TOKENS + DECODED_TOKENS, decoder.spec.vocab_size)
+    prompt, rest = ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:]
+    steps: list[list[Run]] = [[(index, 0, prompt)] for index in range(SEQUENCES)]
+    for position, token in enumerate(rest, PROMPT_TOKENS):
+        steps.append([(0, position, [token])])
+        steps.append([(index, position, [token]) for index in range(SEQUENCES)])
+    logits, tokens = [], []
+    for step in steps:
+        # A request for all logits may take another way than a draw: each has a step of its own.
+        tokens.append(decoder.forward(sequences.batch(step)).sampled)
+        logits.append(decoder.forward(sequences.batch(step, OutputKind.LOGITS)).logits)
+    return Evidence(np.concatenate(logits), np.concatenate(tokens))
+
+
+def reference_evidence(backend: Backend, checkpoint: Checkpoint, options: LoadOptions) -> Evidence:
+    """Return what the scalar kernels give with 2-bit weights, and the full head.
+
+    The approximate int8 head is compared with itself.
+    """
+    plain = dataclasses.replace(
+        options,
+        isa="scalar",
+        packing="2bit",
+        head="int8" if options.head == "int8" else "full",
+        kv_tokens=SEQUENCES * CONTEXT,
+        max_batch_tokens=PROMPT_TOKENS,
+    )
+    decoder = backend.load(checkpoint, plain)
+    try:
+        return evidence(decoder)
+    finally:
+        decoder.close()
+
+
+def require_equal(found: Evidence, wanted: Evidence, what: str) -> None:
+    """Refuse output that differs.
+
+    Raises:
+        MeasurementError: what differs; nothing may be measured then.
+    """
+    wrong = found.logits.view(np.uint32) != wanted.logits.view(np.uint32)
+    missed = found.tokens != wanted.tokens
+    if wrong.any() or missed.any():
+        raise MeasurementError(
+            f"{what}: {wrong.sum()} of {wrong.size} logits and {missed.sum()} of {missed.size}"
+            " tokens differ from those of the scalar kernels, so its speed means nothing",
+            hint="run bitllm doctor, and report its output",
+        )
