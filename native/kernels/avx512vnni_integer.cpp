@@ -36,7 +36,7 @@ namespace {
 #if defined(__clang__)
 #define BITLLM_UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
-#define BITLLM_UNROLL _Pragma("GCC unroll 8")
+#define BITLLM_UNROLL _Pragma("GCC unroll 16")
 #else
 #define BITLLM_UNROLL
 #endif
@@ -350,31 +350,20 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
     }
 }
 
-// A multiplication and addition that the compiler neither leaves out nor moves.
-inline void step(__m512i& sum_i32x16, __m512i codes_u8x64, __m512i q_i8x64) {
-    sum_i32x16 = _mm512_dpbusd_epi32(sum_i32x16, codes_u8x64, q_i8x64);
-#if defined(__GNUC__) && !defined(BITLLM_EMULATE_AVX512)
-    __asm__("" : "+v"(sum_i32x16));
-#endif
-}
-
-// Twelve sums hide the latency of a step; an array of them would lie in memory.
+// Sums enough to hide the latency of a multiplication.
 int64_t peak(size_t iterations) {
-    constexpr size_t SUMS = 12, ROUNDS = 2;
-    const __m512i x = _mm512_set1_epi32(0x01010101);
-    __m512i a = x, b = x, c = x, d = x, e = x, f = x, g = x, h = x, i = x, j = x, k = x, l = x;
-    for (size_t n = 0; n < ROUNDS * iterations; ++n) {
-        step(a, x, x), step(b, x, x), step(c, x, x), step(d, x, x), step(e, x, x), step(f, x, x);
-        step(g, x, x), step(h, x, x), step(i, x, x), step(j, x, x), step(k, x, x), step(l, x, x);
+    constexpr size_t SUMS = 16;
+    const __m512i one = _mm512_set1_epi8(1);
+    __m512i sums[SUMS];
+    BITLLM_UNROLL for (size_t s = 0; s < SUMS; ++s) sums[s] = _mm512_setzero_si512();
+    for (size_t i = 0; i < iterations; ++i) {
+        BITLLM_UNROLL for (size_t s = 0; s < SUMS; ++s) add_products(sums[s], one, one);
     }
-    const __m512i low = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
-    const __m512i middle = _mm512_add_epi32(_mm512_add_epi32(e, f), _mm512_add_epi32(g, h));
-    const __m512i high = _mm512_add_epi32(_mm512_add_epi32(i, j), _mm512_add_epi32(k, l));
-    int32_t sums[WIDTH / 4];
-    store_x64(sums, _mm512_add_epi32(_mm512_add_epi32(low, middle), high));
-    volatile int32_t sink = sums[0];  // has to be computed
+    BITLLM_UNROLL for (size_t s = 1; s < SUMS; ++s) sums[0] = _mm512_add_epi32(sums[0], sums[s]);
+    volatile int32_t sink =
+        _mm_cvtsi128_si32(_mm512_castsi512_si128(sums[0]));  // has to be computed
     (void)sink;
-    return static_cast<int64_t>(iterations * ROUNDS * SUMS * WIDTH);
+    return static_cast<int64_t>(iterations * SUMS * WIDTH);
 }
 
 }  // namespace

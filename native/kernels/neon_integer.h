@@ -267,41 +267,41 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
     }
 }
 
+// Makes the compiler believe that a value was changed, so that no product can be left out.
+template <class Register>
+inline void settle(Register& value) {
+    __asm__("" : "+w"(value));
+}
+
+// Twelve sums, so that four pipes of latency 3 never wait, each in a variable: GCC would keep an
+// array in memory. `products` is how many multiply(sums, a, b) makes.
+template <class Multiply>
+inline int64_t peak_of(size_t rounds, size_t products, Multiply multiply) {
+    const int8x16_t a = vdupq_n_s8(1);
+    int8x16_t b = a;
+    const auto step = [&](int32x4_t& sum) {
+        settle(b);
+        sum = multiply(sum, a, b);
+        settle(sum);
+    };
+    int32x4_t s0 = vdupq_n_s32(0), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0;
+    int32x4_t s6 = s0, s7 = s0, s8 = s0, s9 = s0, s10 = s0, s11 = s0;
+    for (size_t i = 0; i < rounds; ++i) {
+        step(s0), step(s1), step(s2), step(s3), step(s4), step(s5);
+        step(s6), step(s7), step(s8), step(s9), step(s10), step(s11);
+    }
+    const int32_t total = vaddvq_s32(sum_each({s0, s1, s2, s3})) +
+                          vaddvq_s32(sum_each({s4, s5, s6, s7})) +
+                          vaddvq_s32(sum_each({s8, s9, s10, s11}));
+    volatile int32_t sink = total;  // has to be computed
+    (void)sink;
+    return static_cast<int64_t>(rounds * 12 * products);
+}
+
 constexpr PackedKernels TWO_BIT_KERNELS = {.matvec = matvec<Packing::TWO_BIT, TwoBitSums>,
                                            .unpack = unpack<Packing::TWO_BIT>};
 constexpr PackedKernels BASE3_KERNELS = {.matvec = matvec<Packing::BASE3, Base3Sums>,
                                          .unpack = unpack<Packing::BASE3>};
-
-inline int32x4_t sum_of_four(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d) {
-    return vaddq_s32(vaddq_s32(a, b), vaddq_s32(c, d));
-}
-
-// A multiplication and addition that the compiler neither leaves out nor moves.
-inline void step(int32x4_t& sums, int8x16_t& q) {
-    __asm__("" : "+w"(q));
-    sums = dot(sums, vdupq_n_s8(1), q);
-    __asm__("" : "+w"(sums));
-}
-
-// Sixteen sums hide the latency of a step on cores that start four a cycle; an array of them would
-// lie in memory.
-int64_t peak(size_t iterations) {
-    constexpr size_t SUMS = 16, ROUNDS = 4;
-    const int32x4_t zero = vdupq_n_s32(0);
-    int8x16_t q = vdupq_n_s8(1);
-    int32x4_t a = zero, b = zero, c = zero, d = zero, e = zero, f = zero, g = zero, h = zero;
-    int32x4_t i = zero, j = zero, k = zero, l = zero, m = zero, n = zero, o = zero, p = zero;
-    for (size_t round = 0; round < ROUNDS * iterations; ++round) {
-        step(a, q), step(b, q), step(c, q), step(d, q), step(e, q), step(f, q), step(g, q);
-        step(h, q), step(i, q), step(j, q), step(k, q), step(l, q), step(m, q), step(n, q);
-        step(o, q), step(p, q);
-    }
-    volatile int32_t sink = vaddvq_s32(sum_of_four(sum_of_four(a, b, c, d), sum_of_four(e, f, g, h),
-                                                   sum_of_four(i, j, k, l),
-                                                   sum_of_four(m, n, o, p)));  // has to be computed
-    (void)sink;
-    return static_cast<int64_t>(iterations * ROUNDS * SUMS * 16);
-}
 
 }  // namespace
 }  // namespace bitllm
