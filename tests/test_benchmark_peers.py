@@ -145,8 +145,8 @@ def test_all_engines_are_told_the_threads() -> None:
     ("options", "calls"),
     [
         ("-d, --n-depth", ["-p 32 -n 4", "-p 0 -n 4 -d 48"]),
-        ("-gp <pp,tg>", ["-p 32 -n 4 -gp 48,4"]),
-        ("-pg", ["-p 32 -n 4"]),
+        ("--n-gpu-layers <n> -gp <pp,tg>", ["-p 32 -n 4 -gp 48,4"]),
+        ("--n-gpu-layers <n> -pg <pp,tg>", ["-p 32 -n 4"]),
     ],
 )
 def test_llama_bench_is_asked_for_the_same_work(
