@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -192,7 +193,7 @@ def llama_bench_engine(name: str, program: list[str], model: Path, work: Work) -
     if deep and "--n-depth" in usage:
         depths = ",".join(map(str, deep))
         commands.append([*common, "-p", "0", "-n", str(work.steps), "-d", depths])
-    elif "-gp" in usage:
+    elif re.search(r"(?<![\w-])-gp\b", usage):  # not -gpu
         for depth in deep:
             first += ["-gp", f"{depth},{work.steps}"]
     return Engine(name, commands, parse_llama_bench)
