@@ -15,7 +15,7 @@ import pytest
 
 import bitllm
 from batches import Draw, Run, make_batch, make_plan, prompt_ids
-from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions, OutputKind
+from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions, OutputKind, StepOutput
 from bitllm.backends.cpu import CpuBackend
 from bitllm.checkpoint import Checkpoint, ModelSpec
 from bitllm.formats import open_checkpoint
@@ -38,7 +38,7 @@ def hidden_states(checkpoint: Checkpoint, ids: Sequence[int]) -> F32:
     return decoder.forward(make_batch([Run(ids)], OutputKind.HIDDEN)).hidden
 
 
-# --- heads -----------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 def random_head(spec: ModelSpec, hidden: F32) -> F32:
@@ -106,7 +106,7 @@ def with_head(make: Callable[[ModelSpec, F32], F32], spec: ModelSpec, dtype: str
     return replace(plain, source=MemorySource(tensors, plain.source.ternary_matrices))
 
 
-# --- plans -----------------------------------------------------------------------------------------
+# --- plans ----------------------------------------------------------------------------------------
 
 
 def some_ids(row: int, vocab: int, count: int) -> list[int]:
@@ -121,6 +121,7 @@ PLANS: dict[str, Plans] = {
     "greedy": lambda row, vocab: Draw(temperature=0.0),
     "temperature": lambda row, vocab: Draw(warmth(row), seed=row, position=row),
     "top-k": lambda row, vocab: Draw(warmth(row), top_k=1 + row % 40, seed=row),
+    "top-k, hot": lambda row, vocab: Draw(300.0, top_k=2 + row % 9, seed=row),
     "top-k, top-p, min-p": lambda row, vocab: Draw(
         warmth(row), top_k=20, top_p=0.9, min_p=0.02, seed=row
     ),
@@ -146,7 +147,7 @@ PLANS: dict[str, Plans] = {
     "mask": lambda row, vocab: Draw(
         (0.0, 0.7)[row % 2],
         allowed=frozenset(some_ids(row, vocab, row % 7 * row)),
-        bias={token: 1.0 for token in some_ids(row + 1, vocab, 5)},
+        bias=dict.fromkeys(some_ids(row + 1, vocab, 5), 1.0),
         top_p=(1.0, 0.8)[row // 2 % 2],
         seed=row,
     ),
@@ -187,7 +188,7 @@ def assert_same_tokens(checkpoint: Checkpoint, screen: str, plans: dict[str, Pla
         report(f"{screen}, {name}", screened)
 
 
-# --- the same tokens -------------------------------------------------------------------------------
+# --- the same tokens ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("screen", SCREENS)
@@ -222,3 +223,95 @@ def test_the_tokens_of_the_demo_model(screen):
 @pytest.mark.parametrize("screen", SCREENS)
 def test_ten_thousand_tokens_of_the_demo_model(screen):
     assert_same_tokens(open_checkpoint(DEMO), screen, PLANS, batches=15)
+
+
+def mixed_batch(vocab: int):
+    """One sequence whose rows ask for everything in turn."""
+    kinds = np.arange(ROWS, dtype=np.uint8) % OutputKind.COUNT
+    rows = np.flatnonzero(kinds == OutputKind.SAMPLE).tolist()
+    plans = list(PLANS.values())
+    draws = [plans[i % len(plans)](row, vocab) for i, row in enumerate(rows)]
+    scored = int((kinds == OutputKind.SCORE).sum())
+    batch = make_batch(
+        [Run(prompt_ids(ROWS, vocab))],
+        plan=make_plan(draws, vocab),
+        score_targets=np.arange(scored, dtype=np.int32),
+        score_top_n=np.full(scored, 2, np.int32),
+    )
+    return replace(batch, output_kinds=kinds)
+
+
+@pytest.mark.parametrize("head", SCREENS)
+def test_batches_and_threads_change_nothing(head):
+    spec = tiny_spec(vocab_size=1500, hidden_size=100)
+    checkpoint = with_head(confident_head, spec, "bf16")
+    batch = mixed_batch(spec.vocab_size)
+    expected = CpuBackend().load(checkpoint, options("full")).forward(batch)
+    counts = []
+    for threads in (1, 2, 3):
+        decoder = CpuBackend().load(checkpoint, options(head, threads))
+        found = decoder.forward(batch)
+        for name in StepOutput.__dataclass_fields__:
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+        counts.append(decoder.head_statistics)
+    assert counts[0] == counts[1] == counts[2]
+
+
+# --- which head is used, and what it costs --------------------------------------------------------
+
+
+def test_a_confident_head_is_hardly_read():
+    spec = tiny_spec(vocab_size=4000, hidden_size=128)
+    decoder = CpuBackend().load(with_head(confident_head, spec, "bf16"), options("screened"))
+    for plan in ("greedy", "temperature", "top-p"):
+        sample(decoder, prompt_ids(ROWS, spec.vocab_size), PLANS[plan])
+    counts = decoder.head_statistics
+    assert counts["screened"] == 3 * ROWS
+    assert counts["full"] <= 0.1 * counts["screened"]
+    assert counts["rescored"] <= 0.02 * counts["screened"] * spec.vocab_size
+
+
+def test_the_kind_is_named_and_a_small_head_is_full():
+    checkpoint = random_checkpoint(tiny_spec())
+    for head in ("full", "screened", "int8-screened", "int8"):
+        assert CpuBackend().load(checkpoint, options(head)).info.head == head
+    decoder = CpuBackend().load(checkpoint, options("auto"))
+    assert decoder.info.head == "full"
+    assert decoder.head_statistics == {"screened": 0, "rescored": 0, "full": 0}
+
+
+def test_a_large_head_is_screened():
+    spec = tiny_spec(vocab_size=1 << 16, hidden_size=256)
+    assert CpuBackend().load(random_checkpoint(spec), options("auto")).info.head == "screened"
+
+
+@pytest.mark.parametrize("head", ["screened", "int8-screened", "int8"])
+def test_a_head_with_nan_is_read_as_it_is(head):
+    spec = tiny_spec(vocab_size=300)
+
+    def broken(spec: ModelSpec, hidden: F32) -> F32:
+        values = random_head(spec, hidden)
+        values[250, 3] = np.nan
+        return values
+
+    checkpoint = with_head(broken, spec, "bf16")
+    decoder = CpuBackend().load(checkpoint, options(head))
+    assert decoder.info.head == "full"
+    assert set(sample(decoder, prompt_ids(9, 300), PLANS["greedy"]).sampled) == {-1}
+
+
+def test_int8_logits_are_those_of_the_rounded_head():
+    spec = tiny_spec(vocab_size=700, hidden_size=64)
+    checkpoint = with_head(random_head, spec, "f32")
+    stored = checkpoint.source.dense_tensors["head"].data
+    scales = np.abs(stored).max(axis=1, keepdims=True) / np.float32(127)
+    rounded = {**checkpoint.source.dense_tensors}
+    rounded["head"] = dense_tensor(np.rint(stored / scales) * scales, "f32")
+    source = MemorySource(rounded, checkpoint.source.ternary_matrices)
+    batch = make_batch([Run(prompt_ids(ROWS, spec.vocab_size))])
+    expected = CpuBackend().load(replace(checkpoint, source=source), options("full"))
+    decoder = CpuBackend().load(checkpoint, options("int8", threads=2))
+    found = decoder.forward(batch).logits
+    np.testing.assert_allclose(found, expected.forward(batch).logits, rtol=1e-4, atol=1e-4)
+    greedy = sample(decoder, prompt_ids(ROWS, spec.vocab_size), PLANS["greedy"])
+    assert greedy.sampled.tolist() == found.argmax(axis=1).tolist()

@@ -88,7 +88,8 @@ struct Model {
     std::vector<uint16_t> embedding;
     std::unique_ptr<Decoder> decoder;
 
-    Model(const Kernels& kernels, int threads, ValueType kv_type = ValueType::BF16) {
+    Model(const Kernels& kernels, int threads, ValueType kv_type = ValueType::BF16,
+          HeadKind head = HeadKind::FULL) {
         Random random(11);
         decoder = std::make_unique<Decoder>(kernels, ModelConfig{VOCAB, HIDDEN, 1e-5f, 1.5f},
                                             RuntimeConfig{BLOCKS, kv_type, threads, MAX_TOKENS});
@@ -133,7 +134,7 @@ struct Model {
         const DenseMatrix matrix{reinterpret_cast<const std::byte*>(embedding.data()),
                                  ValueType::BF16};
         decoder->set_embedding(matrix);
-        decoder->set_head(matrix);
+        decoder->set_head(matrix, head);
         decoder->prepare();
     }
 };
@@ -265,13 +266,20 @@ TEST(a_step_allocates_nothing) {
     sampling.input.plan = draws.view();
     const Step prefill(ids, 0, 80, OutputKind::SCORE), middle(ids, 80, 84, OutputKind::HIDDEN),
         one(ids, 84, 85, OutputKind::LOGITS);
-    for (const int threads : {1, 2, 3}) {
-        const Model model(best_kernels(), threads);
-        model.decoder->forward(one.input, output);  // the first one may still start threads
-        for (const Step* step : {&prefill, &middle, &one, static_cast<const Step*>(&sampling)}) {
-            const size_t count =
-                allocations_during([&] { model.decoder->forward(step->input, output); });
-            CHECK_WITH(count == 0, count << " allocations, " << threads << " threads");
+    std::vector<int32_t> tokens;
+    for (const HeadKind head :
+         {HeadKind::FULL, HeadKind::SCREENED, HeadKind::INT8_SCREENED, HeadKind::INT8}) {
+        for (const int threads : {1, 2, 3}) {
+            const Model model(best_kernels(), threads, ValueType::BF16, head);
+            model.decoder->forward(one.input, output);  // the first one may still start threads
+            for (const Step* step :
+                 {&prefill, &middle, &one, static_cast<const Step*>(&sampling)}) {
+                const size_t count =
+                    allocations_during([&] { model.decoder->forward(step->input, output); });
+                CHECK_WITH(count == 0, count << " allocations, " << threads << " threads");
+            }
+            if (tokens.empty()) tokens = sampled;
+            CHECK_WITH(head == HeadKind::INT8 || sampled == tokens, threads << " threads");
         }
     }
 }
