@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "numerics.h"
+#include "platform.h"
 
 namespace bitllm {
 namespace {
@@ -139,10 +140,19 @@ RoundedHead::RoundedHead(const Kernels& kernels, Bits bits, DenseMatrix head, si
     norms_.resize(vocab);
     scales_.resize(four ? 0 : vocab);
     std::atomic<bool> finite = true;
+    // The stored head stays in its file: what was read of it is dropped, strip by strip.
+    constexpr size_t STRIP_BYTES = size_t{8} << 20;
+    const size_t row_bytes = hidden * VALUE_BYTES[static_cast<size_t>(head.type)];
+    const size_t strip = std::max<size_t>(1, STRIP_BYTES / (SCREEN_ROWS * row_bytes));
     pool.parallel([&](int worker, int workers) {
-        const bool fine = four ? round_four(head, split(row_groups, worker, workers))
-                               : round_eight(head, split(vocab, worker, workers));
-        if (!fine) finite = false;
+        const Range mine = split(row_groups, worker, workers);
+        for (size_t begin = mine.begin; begin < mine.end && finite; begin += strip) {
+            const size_t end = std::min(begin + strip, mine.end);
+            const Range rows{begin * SCREEN_ROWS, std::min(end * SCREEN_ROWS, vocab)};
+            const bool fine = four ? round_four(head, {begin, end}) : round_eight(head, rows);
+            if (!fine) finite = false;
+            forget_pages(head.data + rows.begin * row_bytes, (rows.end - rows.begin) * row_bytes);
+        }
     });
     if (!finite) codes_ = Pages();
 }

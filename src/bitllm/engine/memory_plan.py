@@ -43,7 +43,7 @@ class MemoryPlan:
     """The memory budget of one model, in bytes.
 
     Attributes:
-        weights: ternary codes, embeddings, head, its rounded copy, and norms.
+        weights: ternary codes, norms, embedding and head, or what stands for the head.
         kv: the KV cache when it is full; its pages are taken as they are used.
         scratch: intermediate results of one step, an upper estimate.
         process: interpreter, libraries and tokenizer.
@@ -188,18 +188,22 @@ def plan_memory(
 def _weight_bytes(checkpoint: Checkpoint, device: str, options: EngineOptions) -> int:
     """Return the bytes of all tensors as `device` holds them; dense tensors as stored.
 
-    Embedding and head count in full, though the CPU backend leaves them in the mapped file: tokens
-    read them again and again, so they had better stay in memory. Scales are one number a matrix or
-    a row, against thousands of weights, and not counted.
+    The CPU backend leaves embedding and head in the mapped file. They count where each token reads
+    the whole head; not where a rounded copy of it says which rows are to be read. Scales are one
+    number a matrix or a row, against thousands of weights, and not counted.
     """
     spec = checkpoint.spec
-    dense = sum(checkpoint.dense(name).nbytes for name in spec.dense_shapes())
+    dense = {name: checkpoint.dense(name) for name in spec.dense_shapes()}
+    stored = sum(tensor.nbytes for tensor in dense.values())
     if device == "reference":
-        return dense + REFERENCE_CODE_BITS * ternary_bytes(spec, "2bit") // 2
-    head = checkpoint.dense("embed" if spec.tied_head else "head")
+        return stored + REFERENCE_CODE_BITS * ternary_bytes(spec, "2bit") // 2
     # What "auto" means is known when the model is loaded: the larger packing is planned for.
     packed = ternary_bytes(spec, "2bit" if options.packing == "auto" else options.packing)
-    return dense + packed + rounded_head_bytes(spec, options.head, head.data.itemsize)
+    head = dense["embed" if spec.tied_head else "head"]
+    rounded = rounded_head_bytes(spec, options.head, head.data.itemsize)
+    if rounded:
+        stored -= sum(dense[name].nbytes for name in ("embed", "head") if name in dense)
+    return stored + packed + rounded
 
 
 def _scratch_bytes(spec: ModelSpec, rows: int) -> int:
