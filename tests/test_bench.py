@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitllm import ops
 from bitllm.backends.base import Batch, LoadOptions, OutputKind, StepOutput, check_batch
 from bitllm.backends.cpu import CpuBackend, CpuDecoder
 from bitllm.bench import BenchSettings, gate, machine, operations, run_bench
@@ -477,6 +478,14 @@ def test_operations_have_a_row_for_each_size(monkeypatch: pytest.MonkeyPatch) ->
     rows = list(operations.operations("scalar", "base3", 2, 2, sizes=(32, 70)))
     assert [(row.size, row.threads) for row in rows] == [(32, 2), (70, 2)]
     assert all(row.native > 0 and row.python > 0 for row in rows)
+
+
+def test_a_wrong_operation_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "SECONDS", 1e-3)
+    right = ops.ternary_matmul
+    monkeypatch.setattr(ops, "ternary_matmul", lambda *a, **settings: right(*a, **settings) + 1)
+    with pytest.raises(MeasurementError, match="kernels scalar: an operation of 32 x 32"):
+        list(operations.operations("scalar", "2bit", 1, 1, sizes=(32,)))
 
 
 def test_latency_of_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
