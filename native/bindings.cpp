@@ -551,6 +551,8 @@ void bind_machine(nb::module_& module) {
             flags["avx512dq"] = features.avx512dq;
             flags["avx512vl"] = features.avx512vl;
             flags["avx512vnni"] = features.avx512vnni;
+            flags["dotprod"] = features.dotprod;
+            flags["i8mm"] = features.i8mm;
             nb::typed<nb::dict, nb::str, nb::any> info;
             info["name"] = cpu_name();
             info["physical_cores"] = physical_cores();

@@ -43,6 +43,15 @@ TEST(cpu_features_are_those_the_compiler_sees) {
 #endif
 #endif
 
+#if defined(BITLLM_NEON_EXTENSIONS)
+TEST(sets_need_their_extensions) {
+    const CpuFeatures cpu = cpu_features();
+    CHECK(find_kernels("neon-base") != nullptr);
+    CHECK((find_kernels("neon") != nullptr) == cpu.dotprod);
+    CHECK((find_kernels("neon-i8mm") != nullptr) == (cpu.dotprod && cpu.i8mm));
+}
+#endif
+
 TEST(every_kernel_of_every_set_is_there) {
     for (const Kernels* set : available_kernels()) {
         CHECK_WITH(set->rms_norm && set->quantize && set->dense_matvec && set->widen, set->name);
