@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <map>
 #include <new>
 #include <set>
 #include <thread>
@@ -21,6 +23,9 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 #if defined(__linux__)
 #include <sched.h>
@@ -173,18 +178,37 @@ int usable_cpus() {
     return within_quota(std::thread::hardware_concurrency());
 }
 
+int fast_cores(const std::set<int>& cpus, const std::string& root) {
+    // The slow cores of hybrid CPUs reach 80 % of the clock of the fast ones or less; fast ones
+    // differ among themselves by 10 % at most.
+    constexpr double FAST = 0.85;
+    // Hardware threads of one core share its package and core number.
+    std::map<std::pair<size_t, size_t>, double> speeds;
+    double fastest = 0;
+    for (const int cpu : cpus) {
+        const std::string folder = root + "/cpu" + std::to_string(cpu);
+        const size_t core = read_number(folder + "/topology/core_id", UNLIMITED);
+        if (core == UNLIMITED) return 0;
+        const size_t clock = read_number(folder + "/cpufreq/cpuinfo_max_freq", 1);
+        const auto speed = static_cast<double>(read_number(folder + "/cpu_capacity", clock));
+        speeds[{read_number(folder + "/topology/physical_package_id", 0), core}] = speed;
+        fastest = std::max(fastest, speed);
+    }
+    return static_cast<int>(std::count_if(speeds.begin(), speeds.end(), [&](const auto& core) {
+        return core.second >= FAST * fastest;
+    }));
+}
+
 int physical_cores() {
 #if defined(__linux__)
-    // Hardware threads of one core share its package and core number.
-    std::set<std::pair<size_t, size_t>> cores;
-    for (const int cpu : allowed_cpus()) {
-        const std::string topology =
-            "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
-        const size_t core = read_number(topology + "core_id", UNLIMITED);
-        if (core == UNLIMITED) return usable_cpus();
-        cores.emplace(read_number(topology + "physical_package_id", 0), core);
+    if (const int cores = fast_cores(allowed_cpus()); cores > 0)
+        return within_quota(static_cast<size_t>(cores));
+#elif defined(__APPLE__)
+    for (const char* name : {"hw.perflevel0.physicalcpu", "hw.physicalcpu"}) {
+        int cores = 0;
+        size_t size = sizeof cores;
+        if (sysctlbyname(name, &cores, &size, nullptr, 0) == 0 && cores > 0) return cores;
     }
-    if (!cores.empty()) return within_quota(cores.size());
 #endif
     return usable_cpus();
 }
@@ -220,6 +244,8 @@ void* map_pages(size_t bytes, bool) {
 
 void unmap_pages(void* pages, size_t) noexcept { VirtualFree(pages, 0, MEM_RELEASE); }
 
+void forget_pages(const void*, size_t) {}
+
 void prepare_worker_thread(int) noexcept {}
 
 uint64_t fork_generation() noexcept { return 0; }
@@ -242,6 +268,29 @@ void* map_pages(size_t bytes, [[maybe_unused]] bool huge) {
 }
 
 void unmap_pages(void* pages, size_t bytes) noexcept { munmap(pages, bytes); }
+
+void forget_pages([[maybe_unused]] const void* bytes, [[maybe_unused]] size_t count) {
+#if defined(__linux__)
+    // Only pages of a file come back as they were, and only if no copy of them was written to.
+    const auto begin = reinterpret_cast<uintptr_t>(bytes), end = begin + count;
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; std::getline(maps, line);) {
+        // Each line is "begin-end rights offset device inode path".
+        uintptr_t first = 0, last = 0, inode = 0;
+        char rights[5] = {};
+        if (std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " %4s %*s %*s %" SCNuPTR, &first,
+                        &last, rights, &inode) != 4 ||
+            begin < first || begin >= last)
+            continue;
+        if (end > last || rights[0] != 'r' || rights[1] != '-' || rights[3] != 's' || inode == 0)
+            return;
+        const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+        const uintptr_t from = (begin + page - 1) / page * page, to = end / page * page;
+        if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+        return;
+    }
+#endif
+}
 
 void prepare_worker_thread([[maybe_unused]] int worker) noexcept {
     sigset_t all;

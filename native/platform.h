@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <set>
 #include <string>
 
 namespace bitllm {
@@ -30,8 +31,13 @@ CpuFeatures cpu_features();
 std::string cpu_name();
 
 // Physical cores this process may use: its affinity mask and the CPU quota of its cgroup are
-// respected. At least 1.
+// respected. Of cores of several kinds only the fast ones count: work is cut into equal parts, and
+// all would wait for the slow ones. At least 1.
 int physical_cores();
+
+// How many fast cores some CPUs belong to, as the system describes them under `root`; 0 = it does
+// not.
+int fast_cores(const std::set<int>& cpus, const std::string& root = "/sys/devices/system/cpu");
 
 // Logical CPUs this process may use, by affinity mask and quota. At least 1.
 int usable_cpus();
@@ -50,6 +56,11 @@ size_t resident_file_bytes();
 // Throws std::bad_alloc.
 void* map_pages(size_t bytes, bool huge = false);
 void unmap_pages(void* pages, size_t bytes) noexcept;
+
+// Drops from memory what lies in a mapped file, to be read again where it is used again. Does
+// nothing for memory that is no read-only shared mapping of a file, or where a system does not
+// tell.
+void forget_pages(const void* bytes, size_t count);
 
 // Default floating point control word (round to nearest, no flushing of denormals, no traps) from
 // construction to destruction, then the former one again. A calling program may have changed it;

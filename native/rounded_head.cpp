@@ -7,13 +7,14 @@
 #include <cstring>
 
 #include "numerics.h"
+#include "platform.h"
 
 namespace bitllm {
 namespace {
 
 constexpr size_t HUGE_PAGE = size_t{1} << 21;
 // Beyond these, float32 sums could overflow or lose what they add.
-constexpr float LARGEST_WEIGHT = 0x1p40f;
+constexpr float LARGEST_NORM = 0x1p40f;
 constexpr float SMALLEST_SCALE = 0x1p-60f;
 constexpr double SMALLEST_STATE = 1e-10, LARGEST_STATE = 1e10;
 // More than all products and sums of a row can lose to underflow.
@@ -24,7 +25,6 @@ constexpr double LARGEST_16_BIT = 32639;  // 256 * 127 + 127
 // Of the rounding: how far the expected code is from the weight at most, in steps of the scale.
 // 2^-17 is the resolution of the random numbers; the rest covers that of float32.
 constexpr double BIAS = 0x1p-16;
-// The random numbers are a function of this, the row and the column alone.
 constexpr uint64_t ROUNDING_SEED = 0x62697473'68656164;
 
 // Relative error of `count` roundings of float32 in a row (Higham, Accuracy and Stability of
@@ -37,26 +37,26 @@ double rounding_error(size_t count) {
 // Roundings between the weights and a sum of `n` products in LANES lanes.
 size_t roundings_of_lanes(size_t n) { return n / LANES + 8; }
 
-// Bits of the largest magnitude, which order as integers do; those of NaN are above all numbers.
-int32_t largest_magnitude(const float* values, size_t n) {
+// Largest magnitude, compared as integers, which order as floats do; NaN is above all.
+float largest_of(const float* values, size_t n) {
     int32_t largest = 0;
     for (size_t i = 0; i < n; ++i) {
         const int32_t bits = std::bit_cast<int32_t>(values[i]) & 0x7FFFFFFF;
         largest = bits > largest ? bits : largest;
     }
-    return largest;
+    return std::bit_cast<float>(largest);
 }
 
-bool too_large(int32_t magnitude) { return magnitude > std::bit_cast<int32_t>(LARGEST_WEIGHT); }
-
-// An upper bound of the Euclidean norm.
+// An upper bound of the Euclidean norm; NaN or infinity where there is one among the values.
 float norm_bound(const float* row, size_t n) {
     float lanes[LANES] = {};
-    for (size_t i = 0; i < n; ++i) lanes[i % LANES] += row[i] * row[i];
-    const double sum = lane_sum(lanes, LANES);
-    const double grown = std::sqrt(sum) * (1.0 + rounding_error(roundings_of_lanes(n))) +
-                         0x1p-70 * static_cast<double>(n);
-    return static_cast<float>(grown * (1.0 + 0x1p-20));
+    const size_t whole = n - n % LANES;
+    for (size_t i = 0; i < whole; i += LANES)
+        for (size_t lane = 0; lane < LANES; ++lane) lanes[lane] += row[i + lane] * row[i + lane];
+    for (size_t i = whole; i < n; ++i) lanes[i - whole] += row[i] * row[i];
+    const double root = std::sqrt(static_cast<double>(lane_sum(lanes, LANES)));
+    const double grown = root * (1.0 + rounding_error(roundings_of_lanes(n)));
+    return static_cast<float>((grown + 0x1p-70 * static_cast<double>(n)) * (1.0 + 0x1p-20));
 }
 
 // The scale of a group, a bfloat16 with LARGEST_CODE * scale >= the largest magnitude; 0 for zeros.
@@ -68,20 +68,60 @@ uint16_t scale_bits(float largest) {
     return bits;
 }
 
-// codes[i] = floor(weights[i] / scale + u) + 8 with u uniform in (0, 1): up or down at random, the
-// weight itself in the mean. A float in [8, 9) is made of the random bits: 8 + (r + 1/2) / 2^16.
-void round_group(const float* weights, float inverse, const uint32_t* words, uint8_t* codes) {
+// The random bits of a row: LANES generators xoshiro128++ (Blackman and Vigna, Scrambled Linear
+// Pseudorandom Number Generators, 2021) side by side, their states drawn by Philox. They depend on
+// the row alone, so that threads change nothing.
+struct RowNoise {
+    static constexpr size_t WORDS = SCREEN_GROUP / 2;
+    uint32_t words[WORDS];
+
+    explicit RowNoise(size_t row) {
+        const UniformStream uniforms{ROUNDING_SEED, 0, static_cast<uint32_t>(row)};
+        for (uint32_t lane = 0; lane < LANES; ++lane) {
+            const Philox drawn = uniforms.words(lane);
+            for (size_t i = 0; i < 4; ++i) state[i][lane] = drawn.word[i];
+        }
+    }
+
+    // The words of the next group of columns.
+    void next() {
+        for (size_t first = 0; first < WORDS; first += LANES)
+            for (size_t lane = 0; lane < LANES; ++lane) {
+                uint32_t s0 = state[0][lane], s1 = state[1][lane];
+                uint32_t s2 = state[2][lane], s3 = state[3][lane];
+                words[first + lane] = std::rotl(s0 + s3, 7) + s0;
+                const uint32_t shifted = s1 << 9;
+                s2 ^= s0;
+                s3 ^= s1;
+                state[1][lane] = s1 ^ s2;
+                state[0][lane] = s0 ^ s3;
+                state[2][lane] = s2 ^ shifted;
+                state[3][lane] = std::rotl(s3, 11);
+            }
+    }
+
+  private:
+    uint32_t state[4][LANES];
+};
+
+// Code + 8 of each weight of a group, floor(weight / scale + u) + 8 with u uniform in (0, 1): up or
+// down at random, the weight itself in the mean. A float in [8, 9) is made of the random bits:
+// 8 + (r + 1/2) / 2^16. Byte b of `packed` holds columns 8 * (b / 4) + b % 4 and 4 further.
+void round_group(const float* weights, float inverse, const uint32_t* words, uint8_t* packed) {
     constexpr size_t HALF = SCREEN_GROUP / 2;
     constexpr uint32_t EIGHT_AND_A_HALF_STEP = 0x41000000u | 8u;
+    int32_t codes[SCREEN_GROUP], bytes[HALF];
     for (size_t i = 0; i < HALF; ++i) {
-        const auto noise = std::bit_cast<float>(EIGHT_AND_A_HALF_STEP | (words[i] & 0xFFFFu) << 4);
-        codes[i] = static_cast<uint8_t>(static_cast<int32_t>(weights[i] * inverse + noise));
+        const uint32_t low = (words[i] << 4) & 0xFFFF0u, high = (words[i] >> 12) & 0xFFFF0u;
+        const auto noise = std::bit_cast<float>(EIGHT_AND_A_HALF_STEP | low);
+        const auto other = std::bit_cast<float>(EIGHT_AND_A_HALF_STEP | high);
+        codes[i] = static_cast<int32_t>(weights[i] * inverse + noise);
+        codes[HALF + i] = static_cast<int32_t>(weights[HALF + i] * inverse + other);
     }
-    for (size_t i = 0; i < HALF; ++i) {
-        const auto noise = std::bit_cast<float>(EIGHT_AND_A_HALF_STEP | (words[i] >> 16) << 4);
-        codes[HALF + i] =
-            static_cast<uint8_t>(static_cast<int32_t>(weights[HALF + i] * inverse + noise));
-    }
+    for (size_t step = 0; step < HALF / 4; ++step)
+        for (size_t j = 0; j < 4; ++j)
+            bytes[4 * step + j] = codes[8 * step + j] | codes[8 * step + 4 + j] << 4;
+    for (size_t b = 0; b < HALF; ++b) packed[b] = static_cast<uint8_t>(bytes[b]);
 }
 
 }  // namespace
@@ -100,10 +140,19 @@ RoundedHead::RoundedHead(const Kernels& kernels, Bits bits, DenseMatrix head, si
     norms_.resize(vocab);
     scales_.resize(four ? 0 : vocab);
     std::atomic<bool> finite = true;
+    // The stored head stays in its file: what was read of it is dropped, strip by strip.
+    constexpr size_t STRIP_BYTES = size_t{8} << 20;
+    const size_t row_bytes = hidden * VALUE_BYTES[static_cast<size_t>(head.type)];
+    const size_t strip = std::max<size_t>(1, STRIP_BYTES / (SCREEN_ROWS * row_bytes));
     pool.parallel([&](int worker, int workers) {
-        const bool fine = four ? round_four(head, split(row_groups, worker, workers))
-                               : round_eight(head, split(vocab, worker, workers));
-        if (!fine) finite = false;
+        const Range mine = split(row_groups, worker, workers);
+        for (size_t begin = mine.begin; begin < mine.end && finite; begin += strip) {
+            const size_t end = std::min(begin + strip, mine.end);
+            const Range rows{begin * SCREEN_ROWS, std::min(end * SCREEN_ROWS, vocab)};
+            const bool fine = four ? round_four(head, {begin, end}) : round_eight(head, rows);
+            if (!fine) finite = false;
+            forget_pages(head.data + rows.begin * row_bytes, (rows.end - rows.begin) * row_bytes);
+        }
     });
     if (!finite) codes_ = Pages();
 }
@@ -123,36 +172,26 @@ bool RoundedHead::round_four(DenseMatrix head, Range row_groups) {
             continue;
         }
         kernels_.widen(head.data + index * row_bytes, head.type, hidden_, row.data());
-        if (too_large(largest_magnitude(row.data(), hidden_))) return false;
         norms_[index] = norm_bound(row.data(), hidden_);
+        if (!(norms_[index] <= LARGEST_NORM)) return false;
         round_row_in_four(row.data(), index);
     }
     return true;
 }
 
 void RoundedHead::round_row_in_four(const float* row, size_t index) {
-    constexpr size_t WORDS = SCREEN_GROUP / 2, STEPS = SCREEN_GROUP / 8;
-    constexpr size_t GROUPS_AT_A_TIME = UniformStream::MANY / WORDS;
-    const UniformStream uniforms{ROUNDING_SEED, 0, static_cast<uint32_t>(index)};
-    uint32_t words[UniformStream::MANY];
-    uint8_t codes[SCREEN_GROUP];
+    constexpr size_t STEPS = SCREEN_GROUP / 8;
+    RowNoise noise(index);
+    uint8_t packed[SCREEN_GROUP / 2];
     auto* out = reinterpret_cast<uint8_t*>(codes_.data()) +
                 index / SCREEN_ROWS * groups_ * SCREEN_GROUP_BYTES;
     const size_t r = index % SCREEN_ROWS;
     for (size_t g = 0; g < groups_; ++g, row += SCREEN_GROUP, out += SCREEN_GROUP_BYTES) {
-        if (g % GROUPS_AT_A_TIME == 0)
-            uniforms.many_words(static_cast<uint32_t>(g * WORDS / 4), words);
-        const uint16_t bits =
-            scale_bits(std::bit_cast<float>(largest_magnitude(row, SCREEN_GROUP)));
-        round_group(row, bits ? 1.0f / f32_from_bf16(bits) : 0.0f,
-                    words + g % GROUPS_AT_A_TIME * WORDS, codes);
-        for (size_t step = 0; step < STEPS; ++step) {
-            uint32_t low, high;
-            std::memcpy(&low, codes + 8 * step, sizeof low);
-            std::memcpy(&high, codes + 8 * step + 4, sizeof high);
-            low |= high << 4;
-            std::memcpy(out + step * 4 * SCREEN_ROWS + 4 * r, &low, sizeof low);
-        }
+        const uint16_t bits = scale_bits(largest_of(row, SCREEN_GROUP));
+        noise.next();
+        round_group(row, bits ? 1.0f / f32_from_bf16(bits) : 0.0f, noise.words, packed);
+        for (size_t step = 0; step < STEPS; ++step)
+            std::memcpy(out + step * 4 * SCREEN_ROWS + 4 * r, packed + 4 * step, 4);
         std::memcpy(out + STEPS * 4 * SCREEN_ROWS + 2 * r, &bits, sizeof bits);
     }
 }
@@ -163,16 +202,16 @@ bool RoundedHead::round_eight(DenseMatrix head, Range rows) {
     std::vector<float> row(hidden_);
     for (size_t index = rows.begin; index < rows.end; ++index) {
         kernels_.widen(head.data + index * row_bytes, head.type, hidden_, row.data());
-        const int32_t largest = largest_magnitude(row.data(), hidden_);
-        if (too_large(largest)) return false;
         norms_[index] = norm_bound(row.data(), hidden_);
-        const float scale = std::max(std::bit_cast<float>(largest) / 127.0f, SMALLEST_SCALE);
+        if (!(norms_[index] <= LARGEST_NORM)) return false;
+        const float scale = std::max(largest_of(row.data(), hidden_) / 127.0f, SMALLEST_SCALE);
         const float inverse = 1.0f / scale;
         scales_[index] = scale;
-        auto* codes = reinterpret_cast<int8_t*>(codes_.data()) + index * hidden_;
-        for (size_t i = 0; i < hidden_; ++i)
-            codes[i] =
-                static_cast<int8_t>(static_cast<int32_t>((row[i] * inverse + MAGIC) - MAGIC));
+        const float* weights = row.data();
+        const size_t n = hidden_;
+        auto* codes = reinterpret_cast<int8_t*>(codes_.data()) + index * n;
+        for (size_t i = 0; i < n; ++i)
+            codes[i] = static_cast<int8_t>(std::bit_cast<int32_t>(weights[i] * inverse + MAGIC));
     }
     return true;
 }
@@ -191,8 +230,8 @@ size_t RoundedHead::take_query(Arena* arena, Query* query) const {
 }
 
 bool RoundedHead::ask(const float* hidden, Query& query) const {
-    const double largest = std::bit_cast<float>(largest_magnitude(hidden, hidden_));
-    if (!(largest >= SMALLEST_STATE && largest <= LARGEST_STATE)) return false;
+    const double norm = norm_bound(hidden, hidden_);
+    if (!(largest_of(hidden, hidden_) >= SMALLEST_STATE && norm <= LARGEST_STATE)) return false;
     query.hidden = hidden;
     if (bits_ == Bits::FOUR)
         bound_four(query);
@@ -204,7 +243,7 @@ bool RoundedHead::ask(const float* hidden, Query& query) const {
 
 void RoundedHead::bound_four(Query& query) const {
     const float* h = query.hidden;
-    const double largest = std::bit_cast<float>(largest_magnitude(h, hidden_));
+    const double largest = largest_of(h, hidden_);
     const double unit = largest / LARGEST_16_BIT, inverse = LARGEST_16_BIT / largest;
     double h_squares = 0.0, v_squares = 0.0, rest_squares = 0.0;
     for (size_t g = 0; g < groups_; ++g) {

@@ -173,11 +173,13 @@ def random_checkpoint(
     granularity: str = "tensor",
     group_size: int | None = None,
     magnitude: float = 1.0,
+    zero_rows: float = 0.0,
 ) -> Checkpoint:
     """A checkpoint of random values of sensible size: logits spread over a few units.
 
     `dtype` is that of the embedding and the head; `granularity` says what shares a weight scale,
-    and `magnitude` multiplies all of those.
+    and `magnitude` multiplies all of those. `zero_rows` is the share of rows of ternary matrices
+    that are all zero.
     """
     dense = {}
     for name, shape in spec.dense_shapes().items():
@@ -190,6 +192,8 @@ def random_checkpoint(
     ternary = {}
     for name, linear in spec.linear_names():
         codes = random_codes(seed, name, (linear.out_features, linear.in_features))
+        drawn = random_uniform(seed, name + ".zero_rows", (linear.out_features,))
+        codes[drawn < 2 * zero_rows - 1] = 0
         groups = () if group_size is None else (-(-linear.in_features // group_size),)
         shape = () if granularity == "tensor" else (linear.out_features, *groups)
         spread = random_uniform(seed, name + ".scales", shape or (1,)).reshape(shape)

@@ -18,13 +18,20 @@ from batches import Draw, Run, logits_of, make_batch, make_plan, prompt_ids
 from bitllm import _native
 from bitllm.backends.base import KV_BLOCK_SIZE, Batch, LoadOptions, OutputKind, SamplePlan
 from bitllm.backends.cpu import CpuBackend, CpuDecoder
-from bitllm.backends.cpu.backend import memory_plan
-from bitllm.checkpoint import Checkpoint, DenseTensor, TernaryMatrix
+from bitllm.backends.sizes import kv_bytes_per_token, rounded_head_bytes, ternary_bytes
+from bitllm.checkpoint import (
+    Checkpoint,
+    DenseTensor,
+    MappedSource,
+    StridedMatrix,
+    TernaryMatrix,
+)
 from bitllm.errors import (
     ConfigError,
     FormatError,
     InsufficientMemoryError,
     QuantizationError,
+    TensorShapeError,
     UnsupportedModelError,
 )
 from synthetic import MemorySource, random_checkpoint, tiny_spec
@@ -96,6 +103,77 @@ def test_a_damaged_matrix_is_named(checkpoint):
         load(Checkpoint(checkpoint.spec, source, "damaged"))
 
 
+class StridedSource(MappedSource):
+    """The matrices of another source in the layout of transformers, as if in a mapped file."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.released = 0
+        self.matrices = {
+            name: self.stored(checkpoint.ternary(name))
+            for name, _ in checkpoint.spec.linear_names()
+        }
+
+    @staticmethod
+    def stored(matrix: TernaryMatrix) -> StridedMatrix:
+        codes = (matrix.codes() + 1).view(np.uint8)
+        rows = -(-len(codes) // 4)
+        quarters = np.zeros((4 * rows, matrix.in_features), np.uint8)
+        quarters[: len(codes)] = codes
+        stored = np.zeros((rows, matrix.in_features), np.uint8)
+        for place in range(4):
+            stored |= quarters[place * rows : (place + 1) * rows] << np.uint8(2 * place)
+        return StridedMatrix(stored, matrix.out_features, matrix.scales)
+
+    def dense(self, name: str) -> DenseTensor | None:
+        return self.checkpoint.source.dense(name)
+
+    def ternary(self, name: str) -> TernaryMatrix | None:
+        raise FormatError(f"{name}: said by the reader")
+
+    def strided(self, name: str) -> StridedMatrix | None:
+        return self.matrices.get(name)
+
+    def release(self) -> None:
+        self.released += 1
+
+
+@pytest.mark.parametrize("packing", ["2bit", "base3"])
+def test_matrices_are_packed_from_the_layout_of_the_file(packing):
+    checkpoint = random_checkpoint(tiny_spec(hidden_size=330, ffn_size=513), seed=3)
+    source = StridedSource(checkpoint)
+    strided = load(replace(checkpoint, source=source), packing=packing)
+    assert source.released == 7 * 2 + 1  # after each matrix, and after all
+    ids = prompt_ids(9, 101)
+    np.testing.assert_array_equal(logits_of(strided, ids), logits_of(load(checkpoint), ids))
+
+
+@pytest.mark.parametrize("damage", ["code 3", "hole"])
+def test_of_a_damaged_file_its_reader_says_what_is_wrong(checkpoint, damage):
+    source = StridedSource(checkpoint)
+    stored = source.matrices["layers.1.up"].stored
+    stored[...] = 0 if damage == "hole" else stored | 0x0C
+    with pytest.raises(FormatError, match=r"layers\.1\.up: said by the reader"):
+        load(replace(checkpoint, source=source))
+    source.ternary = checkpoint.source.ternary  # a reader that finds nothing
+    with pytest.raises(QuantizationError, match=r"layers\.1\.up: (packed weights|all bytes)"):
+        load(replace(checkpoint, source=source))
+
+
+def test_a_matrix_of_zeros_is_warned_about(checkpoint):
+    source = StridedSource(checkpoint)
+    source.matrices["layers.1.up"].stored[...] = 0x55
+    with pytest.warns(UserWarning, match=r"every weight of layers\.1\.up is zero"):
+        load(replace(checkpoint, source=source))
+
+
+def test_a_strided_matrix_of_another_shape_is_refused(checkpoint):
+    source = StridedSource(checkpoint)
+    source.matrices["layers.1.up"] = source.matrices["layers.1.down"]
+    with pytest.raises(TensorShapeError, match=r"layers\.1\.up.*\[44, 70\]"):
+        load(replace(checkpoint, source=source))
+
+
 @pytest.mark.parametrize("name", ["final_norm", "layers.1.attn_norm"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_norm_that_is_no_number_is_refused(checkpoint, name, value):
@@ -150,13 +228,25 @@ def test_the_info_says_what_was_taken(checkpoint):
     assert decoder.kv_capacity == 3
     info = decoder.info
     assert (info.backend, info.kernel, info.threads) == ("cpu", "scalar", 2)
-    weights, cache = memory_plan(checkpoint.spec, 3, "bf16")
+    assert (info.packing, info.head) == ("2bit", "full")
+    weights = ternary_bytes(checkpoint.spec, "2bit")
+    cache = 3 * KV_BLOCK_SIZE * kv_bytes_per_token(checkpoint.spec, "bf16")
     dense = sum(checkpoint.dense(name).nbytes for name in ("embed", "head"))
     assert weights + dense < info.weight_bytes < weights + dense + 8192
     assert cache == 3 * KV_BLOCK_SIZE * 2 * (2 * 2 * 10) * 2
     assert cache <= info.kv_bytes < cache + 8192
     assert info.scratch_bytes > 512 * 44 * 4
     assert load(checkpoint, kv_dtype="fp32", kv_tokens=70).info.kv_bytes >= 2 * cache
+
+
+@pytest.mark.parametrize("head", ["full", "screened", "int8-screened", "int8", "auto"])
+def test_the_sizes_are_those_of_the_native_code(checkpoint, head):
+    decoder = load(checkpoint, head=head, packing="base3", kv_dtype="int8")
+    assert decoder.rounded_head_bytes == rounded_head_bytes(checkpoint.spec, head, 2)
+    assert sum(decoder.packed_bytes().values()) == ternary_bytes(checkpoint.spec, "base3")
+    per_token = kv_bytes_per_token(checkpoint.spec, "int8")
+    blocks = decoder.kv_capacity
+    assert 0 <= decoder.info.kv_bytes - blocks * KV_BLOCK_SIZE * per_token < blocks * 64 * 9
 
 
 def test_a_cache_beyond_the_free_memory_is_refused(checkpoint):
@@ -350,6 +440,7 @@ def test_kv_blocks_are_there_only_after_prepare():
         kv_dtype="bf16",
         threads=1,
         max_batch_tokens=1,
+        packing="2bit",
     )
     block, data = np.zeros(1, np.int32), np.zeros((1, 0), np.uint8)
     for call in (
@@ -365,7 +456,9 @@ def test_a_prepared_model_cannot_be_changed(checkpoint):
     native = load(checkpoint)._native
     ones = np.ones(4, np.float32)
     for call in (
-        lambda: native.set_linear(0, "q", np.full((4, 1), 0x55, np.uint8), 4, ones[:1]),
+        lambda: native.set_linear(
+            0, "q", np.full((4, 1), 0x55, np.uint8), "canonical", 4, 4, ones[:1], 0
+        ),
         lambda: native.set_linear_norm(0, "q", ones, 1e-5),
         lambda: native.set_linear_bias(0, "q", ones),
         lambda: native.set_vector(0, "attn_norm", ones),

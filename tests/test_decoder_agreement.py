@@ -91,6 +91,55 @@ def test_contexts_of_several_chunks(window, kv_dtype, isa):
         assert_same_bits(native.forward(make_batch(last)).logits[:1], expected[-1:])
 
 
+def packed_checkpoint(granularity: str, group_size: int | None, zero_rows: float) -> Checkpoint:
+    """Rows of a block and a part of one, in both packings; groups that do not divide them."""
+    spec = tiny_spec(hidden_size=340, ffn_size=517, bias=True)
+    return random_checkpoint(
+        spec, granularity=granularity, group_size=group_size, zero_rows=zero_rows
+    )
+
+
+SCALES = [("tensor", None), ("row", None), ("group", 32), ("group", 96)]
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.4], ids=lambda share: f"zero_rows={share}")
+def zero_rows(request) -> float:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=SCALES, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def packed_model(request, zero_rows) -> tuple[Checkpoint, np.ndarray]:
+    checkpoint = packed_checkpoint(*request.param, zero_rows)
+    return checkpoint, logits_of(load("reference", checkpoint), prompt_ids(40, 101))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("packing", ["2bit", "base3"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_packings_scales_and_rows_of_zeros(packed_model, isa, packing, threads):
+    checkpoint, expected = packed_model
+    native = load("cpu", checkpoint, isa=isa, packing=packing, threads=threads)
+    assert native.info.packing == packing
+    assert_same_bits(logits_of(native, prompt_ids(40, 101), [37, 38, 39]), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_matrices_of_nothing_but_zeros(isa):
+    checkpoint = packed_checkpoint("row", None, zero_rows=1.0)
+    ids = prompt_ids(9, 101)
+    expected = logits_of(load("reference", checkpoint), ids)
+    assert_same_bits(logits_of(load("cpu", checkpoint, isa=isa), ids, [8]), expected)
+
+
+def test_rows_of_zeros_take_no_room():
+    full, half = (
+        load("cpu", packed_checkpoint("tensor", None, zero_rows)).info.weight_bytes
+        for zero_rows in (0.0, 0.5)
+    )
+    dense = 2 * 101 * 340 * 2
+    assert 0.4 < (half - dense) / (full - dense) < 0.65
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_layer_of_real_width(isa):
@@ -186,10 +235,11 @@ def test_models_of_float_activations_are_refused(switch):
         load("cpu", checkpoint)
 
 
-def test_scales_for_groups_are_refused():
-    checkpoint = random_checkpoint(tiny_spec(), granularity="group", group_size=16)
-    with pytest.raises(UnsupportedModelError, match="group"):
+def test_groups_that_kernels_cannot_cut_are_refused():
+    checkpoint = random_checkpoint(tiny_spec(), granularity="group", group_size=48)
+    with pytest.raises(UnsupportedModelError, match="each group of 48 weights") as caught:
         load("cpu", checkpoint)
+    assert 'device="reference"' in str(caught.value)
 
 
 # Sampling

@@ -32,22 +32,19 @@ inline void store(void* at, __m256i values) {
     _mm256_storeu_si256(static_cast<__m256i*>(at), values);
 }
 
-// sum_i16x16 plus the products of 32 codes.
+// sum_i16x16 plus the products of 32 codes. The empty statement keeps the compiler from reordering
+// the additions of a tile: it would hold many products at once and run out of registers.
 inline __m256i add_pairs(__m256i sum_i16x16, __m256i codes_u8x32, __m256i q_i8x32) {
-    return _mm256_add_epi16(sum_i16x16, _mm256_maddubs_epi16(codes_u8x32, q_i8x32));
+    __m256i sum = _mm256_add_epi16(sum_i16x16, _mm256_maddubs_epi16(codes_u8x32, q_i8x32));
+#if defined(__GNUC__)
+    __asm__("" : "+x"(sum));
+#endif
+    return sum;
 }
 
 // Sums of neighbours.
 inline __m256i widen(__m256i sum_i16x16) {
     return _mm256_madd_epi16(sum_i16x16, _mm256_set1_epi16(1));
-}
-
-// Keeps the compiler from reordering the additions of a tile: it would hold all products at once
-// and run out of registers.
-inline void settle(__m256i& sum) {
-#if defined(__GNUC__)
-    __asm__("" : "+x"(sum));
-#endif
 }
 
 inline __m128i add_halves(__m256i sum_i32x8) {
@@ -87,41 +84,45 @@ inline void prefetch(const uint8_t* at) {
 // fourfold codes are kept apart until the fourfold ones are 16 pairs, which fill int16: 4 blocks.
 struct TwoBit {
     static constexpr Packing PACKING = Packing::TWO_BIT;
-    static constexpr size_t PARTS = 4;
+    static constexpr size_t ROWS = 4;
     static constexpr size_t MAX_BLOCKS = 4;
 
     struct Sum {
         __m256i single_i16x16, fourfold_i16x16;
 
         static Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-        void add(__m256i packed_u8x32, const int8_t* q) {
-            const __m256i bits01 = _mm256_set1_epi8(3), bits23 = _mm256_set1_epi8(12);
-            const __m256i upper_u8x32 = _mm256_srli_epi16(packed_u8x32, 4);
-            single_i16x16 =
-                add_pairs(single_i16x16, _mm256_and_si256(packed_u8x32, bits01), load(q));
-            settle(single_i16x16);
-            fourfold_i16x16 = add_pairs(fourfold_i16x16, _mm256_and_si256(packed_u8x32, bits23),
-                                        load(q + BLOCK_BYTES));
-            settle(fourfold_i16x16);
-            single_i16x16 = add_pairs(single_i16x16, _mm256_and_si256(upper_u8x32, bits01),
-                                      load(q + 2 * BLOCK_BYTES));
-            settle(single_i16x16);
-            fourfold_i16x16 = add_pairs(fourfold_i16x16, _mm256_and_si256(upper_u8x32, bits23),
-                                        load(q + 3 * BLOCK_BYTES));
-            settle(fourfold_i16x16);
+
+        void add_block(const uint8_t* packed, const int8_t* q) {
+            for (size_t half = 0; half < BLOCK_BYTES; half += WIDTH) add(packed + half, q + half);
         }
-        // At most 32 pairs of single codes and 16 of fourfold ones, which are 16 after the shift.
+        void add(const uint8_t* packed, const int8_t* q) {
+            const __m256i bits01 = _mm256_set1_epi8(3), bits23 = _mm256_set1_epi8(12);
+            const __m256i lower_u8x32 = load(packed);
+            const __m256i upper_u8x32 = _mm256_srli_epi16(lower_u8x32, 4);
+            const __m256i codes0 = _mm256_and_si256(lower_u8x32, bits01);
+            const __m256i codes1 = _mm256_and_si256(lower_u8x32, bits23);
+            single_i16x16 = add_pairs(single_i16x16, codes0, load(q));
+            fourfold_i16x16 = add_pairs(fourfold_i16x16, codes1, load(q + BLOCK_BYTES));
+            const __m256i codes2 = _mm256_and_si256(upper_u8x32, bits01);
+            const __m256i codes3 = _mm256_and_si256(upper_u8x32, bits23);
+            single_i16x16 = add_pairs(single_i16x16, codes2, load(q + 2 * BLOCK_BYTES));
+            fourfold_i16x16 = add_pairs(fourfold_i16x16, codes3, load(q + 3 * BLOCK_BYTES));
+        }
+        // At most 16 pairs of single codes and 16 of fourfold ones.
         __m256i total_i32x8() const {
             return widen(_mm256_add_epi16(single_i16x16, _mm256_srai_epi16(fourfold_i16x16, 2)));
         }
     };
 
-    static void digits(__m256i packed_u8x32, __m256i (&codes_u8x32)[PARTS]) {
+    static void unpack(const uint8_t* packed, uint8_t* codes) {
         const __m256i low_bits = _mm256_set1_epi8(3);
-        codes_u8x32[0] = _mm256_and_si256(packed_u8x32, low_bits);
-        codes_u8x32[1] = _mm256_and_si256(_mm256_srli_epi16(packed_u8x32, 2), low_bits);
-        codes_u8x32[2] = _mm256_and_si256(_mm256_srli_epi16(packed_u8x32, 4), low_bits);
-        codes_u8x32[3] = _mm256_and_si256(_mm256_srli_epi16(packed_u8x32, 6), low_bits);
+        for (size_t half = 0; half < BLOCK_BYTES; half += WIDTH, codes += WIDTH) {
+            const __m256i u8x32 = load(packed + half);
+            store(codes, _mm256_and_si256(u8x32, low_bits));
+            store(codes + BLOCK_BYTES, _mm256_and_si256(_mm256_srli_epi16(u8x32, 2), low_bits));
+            store(codes + 2 * BLOCK_BYTES, _mm256_and_si256(_mm256_srli_epi16(u8x32, 4), low_bits));
+            store(codes + 3 * BLOCK_BYTES, _mm256_and_si256(_mm256_srli_epi16(u8x32, 6), low_bits));
+        }
     }
 };
 
@@ -133,62 +134,90 @@ struct TwoBit {
 // plain product. Two tables then turn two digits into each of them.
 struct Base3 {
     static constexpr Packing PACKING = Packing::BASE3;
-    static constexpr size_t PARTS = 5;
-    static constexpr size_t MAX_BLOCKS = MAX_PAIRS / (2 * PARTS);
+    static constexpr size_t ROWS = 2;
+    static constexpr size_t MAX_BLOCKS = MAX_PAIRS / 10;  // of which each takes ten
 
     struct Sum {
-        __m256i sum_i16x16;
+        __m256i i16x16;
 
         static Sum zero() { return {_mm256_setzero_si256()}; }
-        void add(__m256i packed_u8x32, const int8_t* q) {
-            __m256i codes_u8x32[PARTS];
-            digits(packed_u8x32, codes_u8x32);
-            for (size_t part = 0; part < PARTS; ++part) {
-                sum_i16x16 = add_pairs(sum_i16x16, codes_u8x32[part], load(q + part * BLOCK_BYTES));
-                settle(sum_i16x16);
-            }
+
+        void add_block(const uint8_t* packed, const int8_t* q) {
+            digits(packed, [&](size_t column, __m256i codes_u8x32) {
+                i16x16 = add_pairs(i16x16, codes_u8x32, load(q + column));
+            });
         }
-        __m256i total_i32x8() const { return widen(sum_i16x16); }
+        __m256i total_i32x8() const { return widen(i16x16); }
     };
 
-    static __m256i table(const uint8_t (&digit)[9]) {
-        return _mm256_broadcastsi128_si256(_mm_setr_epi8(digit[0], digit[1], digit[2], digit[3],
-                                                         digit[4], digit[5], digit[6], digit[7],
-                                                         digit[8], 0, 0, 0, 0, 0, 0, 0));
+    static void unpack(const uint8_t* packed, uint8_t* codes) {
+        digits(packed,
+               [&](size_t column, __m256i codes_u8x32) { store(codes + column, codes_u8x32); });
     }
 
-    static void digits(__m256i packed_u8x32, __m256i (&codes_u8x32)[PARTS]) {
-        const __m256i nine = _mm256_set1_epi16(9), three = _mm256_set1_epi16(3);
+    // Known to the compiler, it would multiply with shifts and additions, which take longer.
+    static __m256i factor(int16_t value) {
+        __m256i all = _mm256_set1_epi16(value);
+#if defined(__GNUC__)
+        __asm__("" : "+x"(all));
+#endif
+        return all;
+    }
+
+    static __m256i table(const char (&digit)[10]) {
+        const auto at = [&](size_t i) { return static_cast<char>(digit[i] - '0'); };
+        return _mm256_broadcastsi128_si256(_mm_setr_epi8(at(0), at(1), at(2), at(3), at(4), at(5),
+                                                         at(6), at(7), at(8), 0, 0, 0, 0, 0, 0, 0));
+    }
+
+    // Calls use(column, 32 codes) for all columns of a block. The halves of the block go side by
+    // side: each step of one waits for the step before.
+    template <class Use>
+    static void digits(const uint8_t* packed, Use use) {
+        constexpr size_t HALVES = BLOCK_BYTES / WIDTH;
+        const __m256i nine = factor(9), three = factor(3);
         const __m256i nine_odd = _mm256_set1_epi16(9 << 8);
+        const __m256i lower = _mm256_set1_epi16(0xff);
         const __m256i upper = _mm256_set1_epi16(static_cast<int16_t>(0xff00));
-        const __m256i first_digit = table({0, 0, 0, 1, 1, 1, 2, 2, 2});
-        const __m256i second_digit = table({0, 1, 2, 0, 1, 2, 0, 1, 2});
+        const __m256i first_digit = table("000111222"), second_digit = table("012012012");
 
-        __m256i even = _mm256_slli_epi16(packed_u8x32, 8);           // in the upper half
-        __m256i odd = _mm256_maddubs_epi16(packed_u8x32, nine_odd);  // times nine
-        __m256i odd_digits = _mm256_and_si256(odd, upper);
-        __m256i pair = _mm256_or_si256(_mm256_mulhi_epu16(even, nine), odd_digits);
-        codes_u8x32[0] = _mm256_shuffle_epi8(first_digit, pair);
-        codes_u8x32[1] = _mm256_shuffle_epi8(second_digit, pair);
-
-        even = _mm256_mullo_epi16(even, nine);
-        odd = _mm256_mullo_epi16(_mm256_xor_si256(odd, odd_digits), nine);
-        odd_digits = _mm256_and_si256(odd, upper);
-        pair = _mm256_or_si256(_mm256_mulhi_epu16(even, nine), odd_digits);
-        codes_u8x32[2] = _mm256_shuffle_epi8(first_digit, pair);
-        codes_u8x32[3] = _mm256_shuffle_epi8(second_digit, pair);
-
-        even = _mm256_mullo_epi16(even, nine);
-        odd = _mm256_mullo_epi16(_mm256_xor_si256(odd, odd_digits), three);
-        codes_u8x32[4] =
-            _mm256_or_si256(_mm256_mulhi_epu16(even, three), _mm256_and_si256(odd, upper));
+        __m256i even[HALVES];  // fractions, in the upper half
+        __m256i odd[HALVES];   // fractions in the lower half, times nine
+        __m256i pair[HALVES];
+        const auto use_pairs = [&](size_t column) {
+            for (size_t h = 0; h < HALVES; ++h)
+                pair[h] = _mm256_or_si256(_mm256_mulhi_epu16(even[h], nine),
+                                          _mm256_and_si256(odd[h], upper));
+            for (size_t h = 0; h < HALVES; ++h)
+                use(column + h * WIDTH, _mm256_shuffle_epi8(first_digit, pair[h]));
+            for (size_t h = 0; h < HALVES; ++h)
+                use(column + BLOCK_BYTES + h * WIDTH, _mm256_shuffle_epi8(second_digit, pair[h]));
+        };
+        for (size_t h = 0; h < HALVES; ++h) {
+            const __m256i bytes = load(packed + h * WIDTH);
+            even[h] = _mm256_slli_epi16(bytes, 8);
+            odd[h] = _mm256_maddubs_epi16(bytes, nine_odd);
+        }
+        use_pairs(0);
+        for (size_t h = 0; h < HALVES; ++h) {
+            even[h] = _mm256_mullo_epi16(even[h], nine);
+            odd[h] = _mm256_mullo_epi16(_mm256_and_si256(odd[h], lower), nine);
+        }
+        use_pairs(2 * BLOCK_BYTES);
+        for (size_t h = 0; h < HALVES; ++h) {
+            even[h] = _mm256_mullo_epi16(even[h], nine);
+            odd[h] = _mm256_mullo_epi16(_mm256_and_si256(odd[h], lower), three);
+        }
+        for (size_t h = 0; h < HALVES; ++h)
+            use(4 * BLOCK_BYTES + h * WIDTH, _mm256_or_si256(_mm256_mulhi_epu16(even[h], three),
+                                                             _mm256_and_si256(odd[h], upper)));
     }
 };
 
-// ROWS rows at a time, so that their additions overlap.
+// Sums of ROWS rows at a time, in which q is read once for all.
 template <class Packed, size_t ROWS>
 inline void sum_rows(const uint8_t* packed, size_t stride, size_t blocks, const int8_t* q,
-                     __m256i (&sums_i32x8)[ROWS]) {
+                     __m256i* sums_i32x8) {
     constexpr size_t WEIGHTS = block_weights(Packed::PACKING);
     for (size_t r = 0; r < ROWS; ++r) sums_i32x8[r] = _mm256_setzero_si256();
     for (size_t first = 0; first < blocks; first += Packed::MAX_BLOCKS) {
@@ -197,12 +226,11 @@ inline void sum_rows(const uint8_t* packed, size_t stride, size_t blocks, const 
         typename Packed::Sum sums[ROWS];
         for (size_t r = 0; r < ROWS; ++r) sums[r] = Packed::Sum::zero();
         for (size_t block = first; block < last; ++block) {
-            for (size_t half = 0; half < BLOCK_BYTES; half += WIDTH) {
-                for (size_t r = 0; r < ROWS; ++r) {
-                    const uint8_t* bytes = packed + r * stride + block * BLOCK_BYTES + half;
-                    if (half == 0) prefetch(bytes);
-                    sums[r].add(load(bytes), q + block * WEIGHTS + half);
-                }
+            const int8_t* q_block = q + block * WEIGHTS;
+            for (size_t r = 0; r < ROWS; ++r) {
+                const uint8_t* bytes = packed + r * stride + block * BLOCK_BYTES;
+                prefetch(bytes);
+                sums[r].add_block(bytes, q_block);
             }
         }
         for (size_t r = 0; r < ROWS; ++r)
@@ -213,176 +241,193 @@ inline void sum_rows(const uint8_t* packed, size_t stride, size_t blocks, const 
 template <class Packed>
 void matvec(const uint8_t* packed, size_t rows, size_t k, const int8_t* q, int32_t q_sum,
             int32_t* acc) {
+    constexpr size_t ROWS = Packed::ROWS;
     const size_t blocks = row_blocks(Packed::PACKING, k), stride = blocks * BLOCK_BYTES;
+    __m256i sums_i32x8[4];
     size_t r = 0;
     for (; r + 4 <= rows; r += 4) {
-        __m256i sums_i32x8[4];
-        sum_rows<Packed>(packed + r * stride, stride, blocks, q, sums_i32x8);
+        for (size_t i = 0; i < 4; i += ROWS)
+            sum_rows<Packed, ROWS>(packed + (r + i) * stride, stride, blocks, q, sums_i32x8 + i);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(acc + r),
                          _mm_sub_epi32(totals(sums_i32x8), _mm_set1_epi32(q_sum)));
     }
     for (; r < rows; ++r) {
-        __m256i sum_i32x8[1];
-        sum_rows<Packed>(packed + r * stride, stride, blocks, q, sum_i32x8);
-        acc[r] = total(sum_i32x8[0]) - q_sum;
+        sum_rows<Packed, 1>(packed + r * stride, stride, blocks, q, sums_i32x8);
+        acc[r] = total(sums_i32x8[0]) - q_sum;
     }
 }
 
 template <class Packed>
 void unpack(const uint8_t* packed, size_t rows, size_t k, uint8_t* codes) {
+    constexpr size_t WEIGHTS = block_weights(Packed::PACKING);
     const size_t blocks = row_blocks(Packed::PACKING, k), columns = padded_columns(k);
-    const size_t whole = blocks * block_weights(Packed::PACKING);
     for (size_t r = 0; r < rows; ++r, codes += columns) {
-        uint8_t* at = codes;
-        for (size_t block = 0; block < blocks; ++block, packed += BLOCK_BYTES) {
-            for (size_t half = 0; half < BLOCK_BYTES; half += WIDTH) {
-                __m256i codes_u8x32[Packed::PARTS];
-                Packed::digits(load(packed + half), codes_u8x32);
-                for (size_t part = 0; part < Packed::PARTS; ++part)
-                    store(at + part * BLOCK_BYTES + half, codes_u8x32[part]);
-            }
-            at += block_weights(Packed::PACKING);
-        }
-        std::memset(codes + whole, 1, columns - whole);
+        for (size_t block = 0; block < blocks; ++block, packed += BLOCK_BYTES)
+            Packed::unpack(packed, codes + block * WEIGHTS);
+        std::memset(codes + blocks * WEIGHTS, 1, columns - blocks * WEIGHTS);
     }
 }
 
 // Products of unpacked codes
 // --------------------------
-// acc of ROWS rows and TOKENS tokens: each register of codes meets TOKENS registers of q.
-template <size_t ROWS, size_t TOKENS>
-inline void matmul_tile(const uint8_t* codes, size_t codes_stride, size_t k, const int8_t* q,
+// Columns are taken MATMUL_COLUMNS at a time: as many as int16 sums hold, and few enough for the q
+// of all TOKENS to stay in the first cache while rows pass by. FIRST: acc begins with them.
+constexpr size_t MATMUL_COLUMNS = MAX_PAIRS * WIDTH;
+
+template <size_t ROWS, size_t TOKENS, bool FIRST>
+inline void matmul_tile(const uint8_t* codes, size_t codes_stride, size_t columns, const int8_t* q,
                         size_t q_stride, const int32_t* q_sums, int32_t* acc, size_t acc_stride) {
-    __m256i sums_i32x8[TOKENS][ROWS];
+    __m256i sums_i16x16[TOKENS][ROWS];
     for (size_t t = 0; t < TOKENS; ++t)
-        for (size_t r = 0; r < ROWS; ++r) sums_i32x8[t][r] = _mm256_setzero_si256();
-    for (size_t first = 0; first < k; first += MAX_PAIRS * WIDTH) {
-        const size_t last = first + MAX_PAIRS * WIDTH < k ? first + MAX_PAIRS * WIDTH : k;
-        __m256i sums_i16x16[TOKENS][ROWS];
-        for (size_t t = 0; t < TOKENS; ++t)
-            for (size_t r = 0; r < ROWS; ++r) sums_i16x16[t][r] = _mm256_setzero_si256();
-        for (size_t i = first; i < last; i += WIDTH) {
-            __m256i codes_u8x32[ROWS];
-            for (size_t r = 0; r < ROWS; ++r) codes_u8x32[r] = load(codes + r * codes_stride + i);
-            for (size_t t = 0; t < TOKENS; ++t) {
-                const __m256i q_i8x32 = load(q + t * q_stride + i);
-                for (size_t r = 0; r < ROWS; ++r) {
-                    sums_i16x16[t][r] = add_pairs(sums_i16x16[t][r], codes_u8x32[r], q_i8x32);
-                    settle(sums_i16x16[t][r]);
-                }
-            }
-        }
-        for (size_t t = 0; t < TOKENS; ++t)
+        for (size_t r = 0; r < ROWS; ++r) sums_i16x16[t][r] = _mm256_setzero_si256();
+    for (size_t i = 0; i < columns; i += WIDTH) {
+        __m256i codes_u8x32[ROWS];
+        for (size_t r = 0; r < ROWS; ++r) codes_u8x32[r] = load(codes + r * codes_stride + i);
+        for (size_t t = 0; t < TOKENS; ++t) {
+            const __m256i q_i8x32 = load(q + t * q_stride + i);
             for (size_t r = 0; r < ROWS; ++r)
-                sums_i32x8[t][r] = _mm256_add_epi32(sums_i32x8[t][r], widen(sums_i16x16[t][r]));
+                sums_i16x16[t][r] = add_pairs(sums_i16x16[t][r], codes_u8x32[r], q_i8x32);
+        }
     }
-    for (size_t t = 0; t < TOKENS; ++t)
+    for (size_t t = 0; t < TOKENS; ++t) {
+        int32_t* at = acc + t * acc_stride;
         for (size_t r = 0; r < ROWS; ++r)
-            acc[t * acc_stride + r] = total(sums_i32x8[t][r]) - q_sums[t];
+            at[r] = (FIRST ? -q_sums[t] : at[r]) + total(widen(sums_i16x16[t][r]));
+    }
+}
+
+template <size_t TOKENS, bool FIRST>
+void matmul_rows(const uint8_t* codes, size_t codes_stride, size_t rows, size_t columns,
+                 const int8_t* q, size_t q_stride, const int32_t* q_sums, int32_t* acc,
+                 size_t acc_stride) {
+    constexpr size_t ROWS = TOKENS < 4 ? 4 : 2;  // so that 12 sums, or less, fit the registers
+    const auto tile = [&]<size_t COUNT>(size_t r) {
+        matmul_tile<COUNT, TOKENS, FIRST>(codes + r * codes_stride, codes_stride, columns, q,
+                                          q_stride, q_sums, acc + r, acc_stride);
+    };
+    size_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS) tile.template operator()<ROWS>(r);
+    for (; r < rows; ++r) tile.template operator()<1>(r);
 }
 
 template <size_t TOKENS>
 void matmul_tokens(const uint8_t* codes, size_t codes_stride, size_t rows, size_t k,
                    const int8_t* q, size_t q_stride, const int32_t* q_sums, int32_t* acc,
                    size_t acc_stride) {
-    const auto tile = [&]<size_t ROWS>(size_t r) {
-        matmul_tile<ROWS, TOKENS>(codes + r * codes_stride, codes_stride, k, q, q_stride, q_sums,
-                                  acc + r, acc_stride);
+    const auto some = [&]<bool FIRST>(size_t i) {
+        const size_t columns = k - i < MATMUL_COLUMNS ? k - i : MATMUL_COLUMNS;
+        matmul_rows<TOKENS, FIRST>(codes + i, codes_stride, rows, columns, q + i, q_stride, q_sums,
+                                   acc, acc_stride);
     };
-    size_t r = 0;
-    for (; r + 3 <= rows; r += 3) tile.template operator()<3>(r);
-    if (r + 2 == rows) tile.template operator()<2>(r);
-    if (r + 1 == rows) tile.template operator()<1>(r);
+    some.template operator()<true>(0);
+    for (size_t i = MATMUL_COLUMNS; i < k; i += MATMUL_COLUMNS) some.template operator()<false>(i);
 }
+
+constexpr size_t TOKEN_TILE = 6;
 
 void codes_matmul(const uint8_t* codes, size_t codes_stride, size_t rows, size_t k, const int8_t* q,
                   size_t q_stride, const int32_t* q_sums, size_t tokens, int32_t* acc,
                   size_t acc_stride) {
-    const auto some = [&]<size_t TOKENS>(size_t t) {
-        matmul_tokens<TOKENS>(codes, codes_stride, rows, k, q + t * q_stride, q_stride, q_sums + t,
-                              acc + t * acc_stride, acc_stride);
-    };
-    size_t t = 0;
-    for (; t + 4 <= tokens; t += 4) some.template operator()<4>(t);
-    if (t + 3 == tokens) some.template operator()<3>(t);
-    if (t + 2 == tokens) some.template operator()<2>(t);
-    if (t + 1 == tokens) some.template operator()<1>(t);
+    constexpr decltype(&matmul_tokens<1>) of[TOKEN_TILE] = {matmul_tokens<1>, matmul_tokens<2>,
+                                                            matmul_tokens<3>, matmul_tokens<4>,
+                                                            matmul_tokens<5>, matmul_tokens<6>};
+    for (size_t t = 0; t < tokens; t += TOKEN_TILE) {
+        const size_t count = tokens - t < TOKEN_TILE ? tokens - t : TOKEN_TILE;
+        of[count - 1](codes, codes_stride, rows, k, q + t * q_stride, q_stride, q_sums + t,
+                      acc + t * acc_stride, acc_stride);
+    }
 }
 
 // Screening
 // ---------
 // Halves of bytes, 0 .. 15, times int8: pairs lie in -3840 .. 3810, and 8 of them fit int16.
-struct ScreenSums {
-    __m256i high_i32x8, low_i32x8;
-};
-
-// SCREEN_STEPS steps of 8 rows.
 constexpr size_t SCREEN_STEPS = 4;
+constexpr size_t SCREEN_STEP_BYTES = 4 * SCREEN_ROWS;
+constexpr size_t REGISTERS = SCREEN_STEP_BYTES / WIDTH;  // of 8 rows each
 
 inline __m256i four_columns(const int8_t* at) {
-    int32_t bits;
-    std::memcpy(&bits, at, sizeof bits);
-    return _mm256_set1_epi32(bits);
+    return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(at)));
 }
 
+// SCREEN_STEPS steps, added to sums of `high` and of `low`.
 inline void screen_steps(const uint8_t* screen, const int8_t* high, const int8_t* low,
-                         ScreenSums& sums) {
+                         __m256i (&high_i32x8)[REGISTERS], __m256i (&low_i32x8)[REGISTERS]) {
     const __m256i low_half = _mm256_set1_epi8(15);
-    __m256i high_i16x16 = _mm256_setzero_si256(), low_i16x16 = _mm256_setzero_si256();
+    __m256i high_i16x16[REGISTERS], low_i16x16[REGISTERS];
+    for (size_t i = 0; i < REGISTERS; ++i) high_i16x16[i] = low_i16x16[i] = _mm256_setzero_si256();
     for (size_t step = 0; step < SCREEN_STEPS; ++step) {
-        const __m256i bytes = load(screen + step * 4 * SCREEN_ROWS);
-        const __m256i first_u8x32 = _mm256_and_si256(bytes, low_half);
-        const __m256i second_u8x32 = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half);
-        high_i16x16 = add_pairs(high_i16x16, first_u8x32, four_columns(high + 8 * step));
-        low_i16x16 = add_pairs(low_i16x16, first_u8x32, four_columns(low + 8 * step));
-        high_i16x16 = add_pairs(high_i16x16, second_u8x32, four_columns(high + 8 * step + 4));
-        low_i16x16 = add_pairs(low_i16x16, second_u8x32, four_columns(low + 8 * step + 4));
+        for (size_t i = 0; i < REGISTERS; ++i) {
+            const __m256i bytes = load(screen + step * SCREEN_STEP_BYTES + i * WIDTH);
+            const __m256i first_u8x32 = _mm256_and_si256(bytes, low_half);
+            const __m256i second_u8x32 = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half);
+            const size_t column = 8 * step;
+            high_i16x16[i] = add_pairs(high_i16x16[i], first_u8x32, four_columns(high + column));
+            low_i16x16[i] = add_pairs(low_i16x16[i], first_u8x32, four_columns(low + column));
+            high_i16x16[i] =
+                add_pairs(high_i16x16[i], second_u8x32, four_columns(high + column + 4));
+            low_i16x16[i] = add_pairs(low_i16x16[i], second_u8x32, four_columns(low + column + 4));
+        }
     }
-    sums.high_i32x8 = _mm256_add_epi32(sums.high_i32x8, widen(high_i16x16));
-    sums.low_i32x8 = _mm256_add_epi32(sums.low_i32x8, widen(low_i16x16));
+    for (size_t i = 0; i < REGISTERS; ++i) {
+        high_i32x8[i] = _mm256_add_epi32(high_i32x8[i], widen(high_i16x16[i]));
+        low_i32x8[i] = _mm256_add_epi32(low_i32x8[i], widen(low_i16x16[i]));
+    }
+}
+
+inline __m256 scales_f32x8(const uint8_t* at) {
+    const __m128i bits_u16x8 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits_u16x8), 16));
 }
 
 void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const int8_t* high,
                  const int8_t* low, const int32_t* offsets, const float* squares, float* approx,
                  float* spread) {
-    constexpr size_t HALF_STEPS = SCREEN_GROUP / 8 / SCREEN_STEPS;
-    constexpr size_t SCALES = SCREEN_ROWS * SCREEN_GROUP / 2;  // where the scales begin
+    constexpr size_t PART = 8 * SCREEN_STEPS;  // columns that int16 sums hold
+    constexpr size_t CODES = SCREEN_ROWS * SCREEN_GROUP / 2;
     for (size_t i = 0; i < row_groups; ++i, approx += SCREEN_ROWS, spread += SCREEN_ROWS) {
-        __m256 approx_f32x8[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-        __m256 spread_f32x8[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+        __m256 approx_f32x8[REGISTERS], spread_f32x8[REGISTERS];
+        for (size_t r = 0; r < REGISTERS; ++r)
+            approx_f32x8[r] = spread_f32x8[r] = _mm256_setzero_ps();
         for (size_t g = 0; g < groups; ++g, screen += SCREEN_GROUP_BYTES) {
+            __m256i high_i32x8[REGISTERS], low_i32x8[REGISTERS];
+            for (size_t r = 0; r < REGISTERS; ++r)
+                high_i32x8[r] = low_i32x8[r] = _mm256_setzero_si256();
+            for (size_t part = 0; part < SCREEN_GROUP; part += PART) {
+                const size_t column = g * SCREEN_GROUP + part;
+                screen_steps(screen + part / 8 * SCREEN_STEP_BYTES, high + column, low + column,
+                             high_i32x8, low_i32x8);
+            }
             for (size_t line = 0; line < SCREEN_GROUP_BYTES; line += 64) prefetch(screen + line);
-            for (size_t half = 0; half < 2; ++half) {  // of the rows
-                ScreenSums sums = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-                for (size_t part = 0; part < HALF_STEPS; ++part) {
-                    const size_t column = g * SCREEN_GROUP + part * 8 * SCREEN_STEPS;
-                    screen_steps(screen + part * SCREEN_STEPS * 4 * SCREEN_ROWS + half * WIDTH,
-                                 high + column, low + column, sums);
-                }
+            const __m256i offset_i32x8 = _mm256_set1_epi32(offsets[g]);
+            const __m256 square_f32x8 = _mm256_set1_ps(squares[g]);
+            for (size_t r = 0; r < REGISTERS; ++r) {
+                const __m256 scale = scales_f32x8(screen + CODES + r * SCREEN_ROWS);
                 const __m256i exact_i32x8 = _mm256_sub_epi32(
-                    _mm256_add_epi32(_mm256_slli_epi32(sums.high_i32x8, 8), sums.low_i32x8),
-                    _mm256_set1_epi32(offsets[g]));
-                const __m256 scale_f32x8 = _mm256_castsi256_ps(_mm256_slli_epi32(
-                    _mm256_cvtepu16_epi32(_mm_loadu_si128(
-                        reinterpret_cast<const __m128i*>(screen + SCALES + half * SCREEN_ROWS))),
-                    16));
-                approx_f32x8[half] =
-                    _mm256_add_ps(approx_f32x8[half],
-                                  _mm256_mul_ps(scale_f32x8, _mm256_cvtepi32_ps(exact_i32x8)));
-                spread_f32x8[half] = _mm256_add_ps(
-                    spread_f32x8[half], _mm256_mul_ps(_mm256_mul_ps(scale_f32x8, scale_f32x8),
-                                                      _mm256_set1_ps(squares[g])));
+                    _mm256_add_epi32(_mm256_slli_epi32(high_i32x8[r], 8), low_i32x8[r]),
+                    offset_i32x8);
+                approx_f32x8[r] = _mm256_add_ps(
+                    approx_f32x8[r], _mm256_mul_ps(scale, _mm256_cvtepi32_ps(exact_i32x8)));
+                spread_f32x8[r] = _mm256_add_ps(
+                    spread_f32x8[r], _mm256_mul_ps(_mm256_mul_ps(scale, scale), square_f32x8));
             }
         }
-        for (size_t half = 0; half < 2; ++half) {
-            _mm256_storeu_ps(approx + 8 * half, approx_f32x8[half]);
-            _mm256_storeu_ps(spread + 8 * half, spread_f32x8[half]);
+        for (size_t r = 0; r < REGISTERS; ++r) {
+            _mm256_storeu_ps(approx + 8 * r, approx_f32x8[r]);
+            _mm256_storeu_ps(spread + 8 * r, spread_f32x8[r]);
         }
     }
 }
 
 // A multiplication and an addition. To the compiler q changes each time, so that no product can be
 // left out.
+inline void settle(__m256i& value) {
+#if defined(__GNUC__)
+    __asm__("" : "+x"(value));
+#else
+    (void)value;
+#endif
+}
+
 inline void step(__m256i& sum_i16x16, __m256i codes_u8x32, __m256i& q_i8x32) {
     settle(q_i8x32);
     sum_i16x16 = _mm256_add_epi16(sum_i16x16, _mm256_maddubs_epi16(codes_u8x32, q_i8x32));

@@ -29,11 +29,23 @@ inline int32x4_t dot_group(int32x4_t sums, int8x16_t a, int8x16_t b) {
 #include "neon_integer.h"
 
 namespace bitllm {
+namespace {
+
+// Multiplications that add to sums of 16 bits are the densest.
+int64_t peak(size_t iterations) {
+    return peak_of(5 * iterations, 16, [](int32x4_t sums, int8x16_t a, int8x16_t b) {
+        const int16x8_t low = vmlal_s8(vreinterpretq_s16_s32(sums), vget_low_s8(a), vget_low_s8(b));
+        return vreinterpretq_s32_s16(vmlal_high_s8(low, a, b));
+    });
+}
+
+}  // namespace
 
 constinit const IntegerKernels neon_base_integer_kernels = {
     .packed = {TWO_BIT_KERNELS, BASE3_KERNELS},
     .codes_matmul = codes_matmul,
     .screen_rows = screen_rows,
+    .peak = peak,
 };
 
 }  // namespace bitllm

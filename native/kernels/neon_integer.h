@@ -267,6 +267,37 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
     }
 }
 
+// Makes the compiler believe that a value was changed, so that no product can be left out.
+template <class Register>
+inline void settle(Register& value) {
+    __asm__("" : "+w"(value));
+}
+
+// Twelve sums, so that four pipes of latency 3 never wait, each in a variable: GCC would keep an
+// array in memory. `products` is how many multiply(sums, a, b) makes.
+template <class Multiply>
+inline int64_t peak_of(size_t rounds, size_t products, Multiply multiply) {
+    const int8x16_t a = vdupq_n_s8(1);
+    int8x16_t b = a;
+    const auto step = [&](int32x4_t& sum) {
+        settle(b);
+        sum = multiply(sum, a, b);
+        settle(sum);
+    };
+    int32x4_t s0 = vdupq_n_s32(0), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0;
+    int32x4_t s6 = s0, s7 = s0, s8 = s0, s9 = s0, s10 = s0, s11 = s0;
+    for (size_t i = 0; i < rounds; ++i) {
+        step(s0), step(s1), step(s2), step(s3), step(s4), step(s5);
+        step(s6), step(s7), step(s8), step(s9), step(s10), step(s11);
+    }
+    const int32_t total = vaddvq_s32(sum_each({s0, s1, s2, s3})) +
+                          vaddvq_s32(sum_each({s4, s5, s6, s7})) +
+                          vaddvq_s32(sum_each({s8, s9, s10, s11}));
+    volatile int32_t sink = total;  // has to be computed
+    (void)sink;
+    return static_cast<int64_t>(rounds * 12 * products);
+}
+
 constexpr PackedKernels TWO_BIT_KERNELS = {.matvec = matvec<Packing::TWO_BIT, TwoBitSums>,
                                            .unpack = unpack<Packing::TWO_BIT>};
 constexpr PackedKernels BASE3_KERNELS = {.matvec = matvec<Packing::BASE3, Base3Sums>,

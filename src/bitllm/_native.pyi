@@ -83,6 +83,9 @@ class Decoder:
     def weight_bytes(self) -> int: ...
 
     @property
+    def rounded_head_bytes(self) -> int: ...
+
+    @property
     def head(self) -> str: ...
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm.backends.base import Backend, Decoder, LoadOptions, OutputKind
-from bitllm.bench.steps import Sequences, prompt_ids
+from bitllm.bench.steps import Run, Sequences, prompt_ids
 from bitllm.checkpoint import Checkpoint
 from bitllm.errors import MeasurementError
 
@@ -43,9 +43,7 @@ def evidence(decoder: Decoder) -> Evidence:
     sequences = Sequences(decoder, SEQUENCES, CONTEXT, PROMPT_TOKENS)
     ids = prompt_ids(PROMPT_TOKENS + DECODED_TOKENS, decoder.spec.vocab_size)
     prompt, rest = ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:]
-    steps: list[list[tuple[int, int, list[int]]]] = [
-        [(index, 0, prompt)] for index in range(SEQUENCES)
-    ]
+    steps: list[list[Run]] = [[(index, 0, prompt)] for index in range(SEQUENCES)]
     for position, token in enumerate(rest, PROMPT_TOKENS):
         steps.append([(0, position, [token])])
         steps.append([(index, position, [token]) for index in range(SEQUENCES)])
@@ -57,9 +55,7 @@ def evidence(decoder: Decoder) -> Evidence:
     return Evidence(np.concatenate(logits), np.concatenate(tokens))
 
 
-def reference_evidence(
-    backend: Backend, checkpoint: Checkpoint, options: LoadOptions
-) -> Evidence:
+def reference_evidence(backend: Backend, checkpoint: Checkpoint, options: LoadOptions) -> Evidence:
     """Return what the scalar kernels give with 2-bit weights, and the full head.
 
     The approximate int8 head is compared with itself.

@@ -1,26 +1,26 @@
-"""A model under measurement: loading, memory, prompts, decoding, and where the time of a step goes."""
+"""A model under measurement: loading, memory, prompts, decoding, and where the time goes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
-from bitllm.backends.base import KV_BLOCK_SIZE, DecoderInfo, LoadOptions
+from bitllm.backends.base import DecoderInfo, LoadOptions
 from bitllm.backends.cpu import CpuBackend, CpuDecoder
 from bitllm.bench.machine import PeakMemory, memory
 from bitllm.bench.needs import Need, Needs
 from bitllm.bench.roofline import Limits, Rates
 from bitllm.bench.steps import Sequences
 from bitllm.bench.timing import Spread, repeat, seconds
-from bitllm.checkpoint import Checkpoint, ModelSpec
+from bitllm.checkpoint import ModelSpec
 from bitllm.formats import open_checkpoint
 from bitllm.tokenizer import load_tokenizer
 
-__all__ = ["Loading", "SpeedRow", "StageRow", "Workbench", "needs_of"]
+__all__ = ["HeadUse", "Loading", "SpeedRow", "StageRow", "Timed", "TimedStage", "Workbench"]
 
 BLOCK = 1 << 20
-WARM_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,6 @@ class Loading:
         tokenizer_s: seconds to load the tokenizer, not part of `seconds`; None if there is none.
         file_bytes: bytes of the weight files.
         base_memory: resident bytes before the first load: anonymous, file, resident.
-        peak_memory: the highest of each while the model was loaded and ran one sequence.
         weight_bytes, kv_bytes, scratch_bytes: as in `DecoderInfo`.
     """
 
@@ -42,15 +41,34 @@ class Loading:
     tokenizer_s: float | None
     file_bytes: int
     base_memory: dict[str, int]
-    peak_memory: dict[str, int]
     weight_bytes: int
     kv_bytes: int
     scratch_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class SpeedRow:
-    """One figure of speed.
+class HeadUse:
+    """What a step needs of a screened head, on average: nothing, if the head is not screened.
+
+    Attributes:
+        exact_rows: rows of the stored head that were read because the rounded copy could not
+            decide them.
+        fallbacks: how often the whole head was read after all.
+    """
+
+    exact_rows: float
+    fallbacks: float
+
+    @staticmethod
+    def between(before: Mapping[str, int], after: Mapping[str, int], steps: int) -> HeadUse:
+        """Return the mean of so many steps from two counts of `CpuDecoder.head_statistics`."""
+        rescored, full = (after[name] - before[name] for name in ("rescored", "full"))
+        return HeadUse(rescored / steps, full / steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What was timed, and what it needed.
 
     Attributes:
         work: "prefill" or "decode".
@@ -62,8 +80,7 @@ class SpeedRow:
         seconds: of a prefill run, or of a decode step.
         bytes_read: bytes that a run of prefill, or a decode step, has to read.
         ternary: multiplications with ternary codes in it.
-        rates: what that is a second, and of the limits.
-        impossible: what is above a limit; then the figure is wrong.
+        head: what it needed of a screened head.
     """
 
     work: str
@@ -75,21 +92,40 @@ class SpeedRow:
     seconds: float
     bytes_read: int
     ternary: int
-    rates: Rates
-    impossible: list[str] = field(default_factory=list)
+    head: HeadUse
 
 
 @dataclass(frozen=True, slots=True)
-class StageRow:
-    """A stage of the steps of a run.
+class SpeedRow(Timed):
+    """A figure of speed beside the limits of the machine.
+
+    Attributes:
+        rates: what its needs are a second, and of the limits.
+        impossible: what is above a limit; then the figure is wrong.
+    """
+
+    rates: Rates
+    impossible: list[str]
+
+    @staticmethod
+    def of(timed: Timed, limits: Limits) -> SpeedRow:
+        """Compare with the limits."""
+        need = Need(nbytes=timed.bytes_read, ternary=timed.ternary)
+        rates = Rates.of(need, timed.seconds, limits)
+        known = {item.name: getattr(timed, item.name) for item in fields(timed)}
+        return SpeedRow(**known, rates=rates, impossible=list(rates.impossible()))
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStage:
+    """A stage of a step, or of a whole prompt.
 
     Attributes:
         work: "prefill" or "decode".
         stage: its name.
-        seconds: of a step, the mean of the workers.
-        fraction: of the step.
-        need: bytes and multiplications of a step in this stage.
-        rates: what that is a second, and of the limits.
+        seconds: in this stage, the mean of the workers.
+        fraction: of all stages.
+        need: bytes and multiplications that the stage needs.
     """
 
     work: str
@@ -97,7 +133,27 @@ class StageRow:
     seconds: float
     fraction: float
     need: Need
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow(TimedStage):
+    """A stage beside the limits of the machine.
+
+    Attributes:
+        rates: what its needs are a second, and of the limits.
+    """
+
     rates: Rates
+
+    @staticmethod
+    def of(timed: TimedStage, limits: Limits) -> StageRow:
+        """Compare with the limits."""
+        known = {item.name: getattr(timed, item.name) for item in fields(timed)}
+        spent = timed.seconds
+        nothing = Rates(0.0, 0.0, 0.0, 0.0)
+        return StageRow(
+            **known, rates=Rates.of(timed.need, spent, limits) if spent > 0 else nothing
+        )
 
 
 class Workbench:
@@ -123,8 +179,9 @@ class Workbench:
         self._repeats = repeats
         self._say = say
         self._decoder: CpuDecoder | None = None
-        self._peak: PeakMemory | None = None
-        self._filled = 0
+        self._peak = PeakMemory()
+        checkpoint = open_checkpoint(path)
+        self._head = checkpoint.dense("embed" if checkpoint.spec.tied_head else "head")
 
     def __enter__(self) -> Workbench:
         return self
@@ -156,9 +213,8 @@ class Workbench:
         _warm_file_cache(files)
         before = memory()
         times = []
-        with PeakMemory() as peak:
+        with self._peak:
             times.append(seconds(self._load))
-            self._run_once()
         for _ in range(min(self._repeats, 3) - 1):
             self.decoder.close()
             times.append(seconds(self._load))
@@ -169,7 +225,6 @@ class Workbench:
             self._tokenizer_seconds(),
             sum(file.stat().st_size for file in files),
             before,
-            dict(peak.bytes),
             info.weight_bytes,
             info.kv_bytes,
             info.scratch_bytes,
@@ -178,10 +233,10 @@ class Workbench:
     def _load(self) -> None:
         self._decoder = CpuBackend().load(open_checkpoint(self._path), self._options)
 
-    def _run_once(self) -> None:
-        one = self._sequences(1, KV_BLOCK_SIZE)
-        one.prefill(KV_BLOCK_SIZE - 1)
-        one.decode(KV_BLOCK_SIZE - 1, 1)
+    def peak_memory(self) -> dict[str, int]:
+        """Return the highest resident bytes of the first load, and now: anonymous, file, all."""
+        self._peak.sample()
+        return dict(self._peak.bytes)
 
     def _tokenizer_seconds(self) -> float | None:
         if not (self._path / "tokenizer.json").exists():
@@ -191,133 +246,121 @@ class Workbench:
     def _sequences(self, count: int, context: int) -> Sequences:
         return Sequences(self.decoder, count, context, self._options.max_batch_tokens)
 
-    def prefill(self, tokens: int, batch: int, limits: Limits) -> SpeedRow:
+    def prefill(self, tokens: int, batch: int) -> Timed:
         """Measure prompts of so many tokens."""
         self._say(f"prefill of {tokens} tokens, batch {batch}")
         sequences = self._sequences(batch, tokens)
-        run = repeat(lambda: sequences.prefill(tokens), self._repeats)
-        need = self._prefill_need(tokens, batch)
-        return self._row("prefill", tokens, batch, 0, run, batch * tokens, need, limits)
+        run, head = self._time(lambda: sequences.prefill(tokens), 1)
+        needs = self._needs(head)
+        need = sum(needs.step([(0, tokens)] * batch, batch).values(), Need())
+        steps = sequences.prefill_steps(tokens)
+        need += Need(nbytes=(steps - 1) * sum(needs.packed.values()))  # each reads the weights
+        return _timed("prefill", tokens, batch, 0, run, batch * tokens, need, head)
 
-    def _prefill_need(self, tokens: int, batch: int) -> Need:
-        needs, chunk = needs_of(self.decoder, self._path, self._options), self._options
-        total = batch * tokens
-        steps = -(-total // chunk.max_batch_tokens)
-        whole = needs.step([(0, tokens)] * batch, batch)
-        need = sum(whole.values(), Need())
-        again = (steps - 1) * sum(needs.packed.values())  # each step reads the weights
-        return need + Need(nbytes=again)
-
-    def decode(self, depth: int, tokens: int, batch: int, limits: Limits) -> SpeedRow:
+    def decode(self, depth: int, tokens: int, batch: int) -> Timed:
         """Measure so many tokens drawn in each sequence from `depth` on."""
         self._say(f"decode at depth {depth}, batch {batch}")
         sequences = self._sequences(batch, depth + tokens)
         self._fill(sequences, depth)
-        sequences.decode(depth, min(WARM_STEPS, tokens))
-        run = repeat(lambda: sequences.decode(depth, tokens), self._repeats)
+        run, head = self._time(lambda: sequences.decode(depth, tokens), tokens)
         step = Spread(run.median / tokens, run.spread)
-        need = self._decode_need(depth, tokens, batch)
-        return self._row("decode", tokens, batch, depth, step, batch, need, limits)
+        need = self._needs(head).step([(depth + tokens // 2, 1)] * batch, batch)
+        total = sum(need.values(), Need())
+        return _timed("decode", tokens, batch, depth, step, batch, total, head)
 
-    def _fill(self, sequences: Sequences, depth: int) -> None:
-        """Put keys and values of a real prompt in front of what is decoded."""
-        if depth == 0:
-            return
-        if self._filled < depth:
-            sequences.prefill(depth, 1)
-            self._filled = depth
-        if sequences.count > 1:
-            sequences.share_prompt()
-            # The second sequence begins where the first had its end, if that was longer.
-            self._filled = min(self._filled, sequences.blocks * KV_BLOCK_SIZE)
-
-    def _decode_need(self, depth: int, tokens: int, batch: int) -> Need:
-        """Return the need of a step in the middle of a run."""
-        needs = needs_of(self.decoder, self._path, self._options)
-        middle = depth + tokens // 2
-        return sum(needs.step([(middle, 1)] * batch, batch).values(), Need())
-
-    def _row(
-        self,
-        work: str,
-        tokens: int,
-        batch: int,
-        depth: int,
-        run: Spread,
-        done: int,
-        need: Need,
-        limits: Limits,
-    ) -> SpeedRow:
-        rates = Rates.of(need, run.median, limits)
-        return SpeedRow(
-            work,
-            tokens,
-            batch,
-            depth,
-            done / run.median,
-            run.spread,
-            run.median,
-            need.nbytes,
-            need.ternary,
-            rates,
-            list(rates.impossible()),
-        )
-
-    def stages(self, work: str, tokens: int, depth: int, limits: Limits) -> list[StageRow]:
-        """Return where the time of the steps goes, of one prompt or of some decoded tokens."""
+    def stages(self, work: str, tokens: int, depth: int) -> list[TimedStage]:
+        """Return where the time of the median run goes: of a prompt, or of a step of decoding."""
         self._say(f"stages of {work}")
         sequences = self._sequences(1, depth + tokens)
         self._fill(sequences, depth)
-        needs = needs_of(self.decoder, self._path, self._options)
-        if work == "prefill":
-            steps = -(-tokens // self._options.max_batch_tokens)
-            need = needs.step([(0, tokens)], 1)
-        else:
-            steps = tokens
-            need = needs.step([(depth + tokens // 2, 1)], 1)
-        run: Callable[[], None] = (
-            (lambda: sequences.prefill(tokens))
-            if work == "prefill"
-            else (lambda: sequences.decode(depth, tokens))
-        )
-        run()
-        self.decoder.measure_stages(True)
-        run()
-        spent = self.decoder.stage_seconds()
+        steps, run = 1, [(0, tokens)]
+        action: Callable[[], None] = partial(sequences.prefill, tokens)
+        if work == "decode":
+            steps, run = tokens, [(depth + tokens // 2, 1)]
+            action = partial(sequences.decode, depth, tokens)
+        action()
+        before = self.decoder.head_statistics
+        runs = []
+        for _ in range(self._repeats):
+            self.decoder.measure_stages(True)
+            action()
+            runs.append(self.decoder.stage_seconds())
         self.decoder.measure_stages(False)
-        if work == "prefill":
-            spent, steps = {name: time for name, time in spent.items()}, 1
-        return list(_stage_rows(work, spent, steps, need, limits))
+        # One run that was: stages of the median run add up to what it took.
+        spent = sorted(runs, key=lambda run: sum(run.values()))[len(runs) // 2]
+        head = HeadUse.between(before, self.decoder.head_statistics, self._repeats * steps)
+        need = self._needs(head).step(run, 1)
+        total = sum(spent.values())
+        return [
+            TimedStage(
+                work, stage, time / steps, time / total if total else 0.0, need.get(stage, Need())
+            )
+            for stage, time in spent.items()
+        ]
+
+    def step_seconds(self, tokens: int) -> Spread:
+        """Return the seconds of a native step that draws a token, without anything of Python."""
+        sequences = self._sequences(1, tokens)
+        sequences.decode(0, tokens)
+        samples = []
+        for _ in range(self._repeats):
+            self.decoder.measure_stages(False)
+            sequences.decode(0, tokens)
+            samples.append(self.decoder.step_seconds() / tokens)
+        return Spread.of(samples)
+
+    def _fill(self, sequences: Sequences, depth: int) -> None:
+        """Put keys and values of a real prompt in front of what is decoded."""
+        if depth:
+            sequences.prefill(depth, 1)
+            sequences.share_prompt()
+
+    def _time(self, action: Callable[[], None], steps: int) -> tuple[Spread, HeadUse]:
+        before = self.decoder.head_statistics
+        run = repeat(action, self._repeats)
+        runs = self._repeats + 1
+        return run, HeadUse.between(before, self.decoder.head_statistics, runs * steps)
+
+    def _needs(self, head: HeadUse) -> Needs:
+        row = self._head.nbytes // self.spec.vocab_size
+        whole = self.decoder.rounded_head_bytes or self._head.nbytes
+        return Needs(
+            self.spec,
+            self.info.packing or "2bit",
+            self.decoder.packed_bytes(),
+            round(whole + head.exact_rows * row + head.fallbacks * self._head.nbytes),
+            self._options.kv_dtype,
+        )
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes that a decode step without context reads, if no row of the head is rescored."""
+        need = self._needs(HeadUse(0.0, 0.0)).step([(0, 1)], 1)
+        return sum(need.values(), Need()).nbytes
 
 
-def _stage_rows(
+def _timed(
     work: str,
-    spent: dict[str, float],
-    steps: int,
-    need: dict[str, Need],
-    limits: Limits,
-) -> Iterator[StageRow]:
-    total = sum(spent.values())
-    for stage, time in spent.items():
-        wanted, each = need.get(stage, Need()), time / steps
-        rates = Rates.of(wanted, each, limits) if each > 0 else Rates(0, 0, 0, 0)
-        yield StageRow(work, stage, each, time / total if total else 0.0, wanted, rates)
-
-
-def needs_of(decoder: CpuDecoder, path: Path, options: LoadOptions) -> Needs:
-    """Return what the steps of a loaded model need."""
-    checkpoint = open_checkpoint(path)
-    return Needs(
-        decoder.spec,
-        decoder.info.packing or "2bit",
-        decoder.packed_bytes(),
-        _head_bytes(checkpoint, decoder),
-        options.kv_dtype,
+    tokens: int,
+    batch: int,
+    depth: int,
+    run: Spread,
+    done: int,
+    need: Need,
+    head: HeadUse,
+) -> Timed:
+    return Timed(
+        work=work,
+        tokens=tokens,
+        batch=batch,
+        depth=depth,
+        tokens_per_s=done / run.median,
+        spread=run.spread,
+        seconds=run.median,
+        bytes_read=need.nbytes,
+        ternary=need.ternary,
+        head=head,
     )
-
-
-def _head_bytes(checkpoint: Checkpoint, decoder: CpuDecoder) -> int:
-    return checkpoint.dense("embed" if checkpoint.spec.tied_head else "head").nbytes
 
 
 def _warm_file_cache(files: Sequence[Path]) -> None:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from bitllm.backends.base import KV_BLOCK_SIZE, Batch, Decoder, OutputKind, SamplePlan
 
-__all__ = ["Sequences", "prompt_ids"]
+__all__ = ["Run", "Sequences", "prompt_ids"]
 
-I32 = npt.NDArray[np.int32]
+Run = tuple[int, int, Sequence[int]]
+"""A sequence, the first position, and the token ids there."""
 
 
 def prompt_ids(count: int, vocab_size: int) -> list[int]:
@@ -46,49 +46,66 @@ class Sequences:
         return -(-self.context // KV_BLOCK_SIZE)
 
     def batch(
-        self,
-        runs: Sequence[tuple[int, int, Sequence[int]]],
-        kind: int | None = OutputKind.SAMPLE,
+        self, runs: Sequence[Run], kind: int = OutputKind.SAMPLE, *, end: int | None = None
     ) -> Batch:
-        """Return a batch; each run is (sequence, first position, token ids).
+        """Return a batch in which the last row of each run asks for an output of `kind`.
 
-        The last row of each run asks for an output of `kind`, or for none.
+        Args:
+            runs: (sequence, first position, token ids) of each.
+            kind: what is asked for.
+            end: ask only in runs that go on to this position; None = in all.
         """
-        ids = [token for _, _, tokens in runs for token in tokens]
-        offsets = np.cumsum([0, *(len(tokens) for _, _, tokens in runs)], dtype=np.int32)
-        rows = offsets[1:] - 1 if kind is not None else offsets[:0]
+        offsets = np.cumsum([0, *(len(run[2]) for run in runs)], dtype=np.int32)
+        asks = [end in (None, first + len(ids)) for _, first, ids in runs]
+        rows = offsets[1:][asks] - 1
         tables = [np.arange(self.blocks) + index * self.blocks for index, _, _ in runs]
-        places = [np.arange(first, first + len(tokens)) for _, first, tokens in runs]
+        places = [np.arange(first, first + len(ids)) for _, first, ids in runs]
         return Batch(
-            token_ids=np.array(ids, np.int32),
+            token_ids=np.array([token for run in runs for token in run[2]], np.int32),
             positions=np.concatenate(places).astype(np.int32),
             run_offsets=offsets,
             block_tables=np.array(tables, np.int32),
             adapter_slots=np.full(len(runs), -1, np.int32),
-            output_rows=rows.astype(np.int32),
-            output_kinds=np.full(len(rows), kind or 0, np.uint8),
+            output_rows=rows,
+            output_kinds=np.full(len(rows), kind, np.uint8),
             plan=SamplePlan.greedy(len(rows) if kind == OutputKind.SAMPLE else 0),
         )
 
     def prefill(self, tokens: int, count: int | None = None) -> None:
         """Compute a prompt of so many tokens in each of the first `count` sequences.
 
-        Steps are as full as `chunk` allows; the last row of each prompt draws a token.
+        Steps are as full as `chunk` allows; the last row of a prompt draws a token.
         """
+        for step in self._steps(tokens, self.count if count is None else count):
+            self.decoder.forward(self.batch(step, end=tokens))
+
+    def prefill_steps(self, tokens: int) -> int:
+        """Return in how many steps `prefill` computes its prompts."""
+        return len(self._steps(tokens, self.count))
+
+    def _steps(self, tokens: int, count: int) -> list[list[Run]]:
+        """Return the runs of each step: pieces of prompts, together at most `chunk` rows."""
         ids = prompt_ids(tokens, self.decoder.spec.vocab_size)
         pieces = [
             (index, start, ids[start : start + self.chunk])
-            for index in range(self.count if count is None else count)
+            for index in range(count)
             for start in range(0, tokens, self.chunk)
         ]
-        for step in _filled(pieces, self.chunk):
-            self.decoder.forward(self.batch(step))
+        steps: list[list[Run]] = []
+        for piece in pieces:
+            # Two pieces of one sequence in a step would be two runs that write the same blocks.
+            rows = sum(len(ids) for _, _, ids in steps[-1]) if steps else self.chunk
+            again = bool(steps) and steps[-1][-1][0] == piece[0]
+            if again or rows + len(piece[2]) > self.chunk:
+                steps.append([])
+            steps[-1].append(piece)
+        return steps
 
     def decode(self, depth: int, tokens: int) -> None:
         """Draw so many tokens in each sequence, one after another, the first at `depth`."""
         ids = [3] * self.count
         for position in range(depth, depth + tokens):
-            runs = [(index, position, [ids[index]]) for index in range(self.count)]
+            runs: list[Run] = [(index, position, [ids[index]]) for index in range(self.count)]
             ids = self.decoder.forward(self.batch(runs)).sampled.tolist()
 
     def share_prompt(self) -> None:
@@ -99,20 +116,3 @@ class Sequences:
             for block in range(self.blocks)
         ]
         self.decoder.copy_blocks(np.array(pairs, np.int32).reshape(-1, 2))
-
-
-def _filled(
-    pieces: list[tuple[int, int, list[int]]], chunk: int
-) -> list[list[tuple[int, int, list[int]]]]:
-    """Put pieces of prompts together into steps of at most `chunk` rows, in order."""
-    steps: list[list[tuple[int, int, list[int]]]] = []
-    room = 0
-    for piece in pieces:
-        # Two pieces of one sequence in a step would be two runs that write the same blocks.
-        again = bool(steps) and any(piece[0] == other[0] for other in steps[-1])
-        if len(piece[2]) > room or again:
-            steps.append([])
-            room = chunk
-        steps[-1].append(piece)
-        room -= len(piece[2])
-    return steps

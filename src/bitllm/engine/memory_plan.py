@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bitllm.backends import choose_device
 from bitllm.backends.base import KV_BLOCK_SIZE
+from bitllm.backends.sizes import kv_bytes_per_token, rounded_head_bytes, ternary_bytes
 from bitllm.checkpoint import Checkpoint, ModelSpec
 from bitllm.config import EngineOptions
 from bitllm.errors import ConfigError, InsufficientMemoryError
@@ -17,7 +18,6 @@ __all__ = [
     "available_memory",
     "context_length",
     "format_bytes",
-    "kv_bytes_per_token",
     "kv_token_count",
     "plan_memory",
 ]
@@ -28,11 +28,11 @@ PROCESS_BYTES = 40_000_000
 TOKENIZER_BYTES = 700
 """What the tokenizers library holds for each token of its vocabulary (measured at 128256)."""
 
-CODE_BITS = {"reference": 8}
-"""Bits a ternary weight takes in memory, by device; 2 where nothing is said."""
+REFERENCE_CODE_BITS = 8
+"""Bits a ternary weight takes on the device "reference"."""
 
-ROW_BLOCK = 256
-"""Rows of ternary matrices are padded to a multiple of this many weights."""
+ROW_BLOCK = 320
+"""Quantised inputs are padded to a multiple of this many values, or less."""
 
 LOGIT_ROWS = 8
 """Rows whose logits are held at once."""
@@ -43,7 +43,7 @@ class MemoryPlan:
     """The memory budget of one model, in bytes.
 
     Attributes:
-        weights: ternary codes and scales, embeddings, head and norms.
+        weights: ternary codes, norms, embedding and head, or what stands for the head.
         kv: the KV cache when it is full; its pages are taken as they are used.
         scratch: intermediate results of one step, an upper estimate.
         process: interpreter, libraries and tokenizer.
@@ -153,12 +153,6 @@ def kv_token_count(spec: ModelSpec, options: EngineOptions) -> int:
     return -(-tokens // KV_BLOCK_SIZE) * KV_BLOCK_SIZE
 
 
-def kv_bytes_per_token(spec: ModelSpec, kv_dtype: str) -> int:
-    """Return the bytes of keys and values of one position, over all layers."""
-    values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in spec.layers)
-    return values * (2 if kv_dtype == "bf16" else 4)
-
-
 def plan_memory(
     checkpoint: Checkpoint, options: EngineOptions, *, available: int | None = None
 ) -> MemoryPlan:
@@ -179,7 +173,7 @@ def plan_memory(
     per_token = kv_bytes_per_token(spec, options.kv_dtype)
     tokens = kv_token_count(spec, options)
     return MemoryPlan(
-        weights=_weight_bytes(checkpoint, CODE_BITS.get(device, 2)),
+        weights=_weight_bytes(checkpoint, device, options),
         kv=tokens * per_token,
         scratch=_scratch_bytes(spec, options.max_batch_tokens),
         process=PROCESS_BYTES + TOKENIZER_BYTES * spec.vocab_size,
@@ -191,21 +185,25 @@ def plan_memory(
     )
 
 
-def _weight_bytes(checkpoint: Checkpoint, code_bits: int) -> int:
-    """Return the bytes of all tensors: `code_bits` a ternary weight, dense tensors as stored.
+def _weight_bytes(checkpoint: Checkpoint, device: str, options: EngineOptions) -> int:
+    """Return the bytes of all tensors as `device` holds them; dense tensors as stored.
 
-    Embedding and head count in full, though the CPU backend leaves them in the mapped file: each
-    token reads the whole head, so it had better stay in memory.
+    The CPU backend leaves embedding and head in the mapped file. They count where each token reads
+    the whole head; not where a rounded copy of it says which rows are to be read. Scales are one
+    number a matrix or a row, against thousands of weights, and not counted.
     """
     spec = checkpoint.spec
-    dense = sum(checkpoint.dense(name).nbytes for name in spec.dense_shapes())
-    # Rows are padded to what kernels read at once. Scales are one number a matrix or a row, against
-    # thousands of weights, and not counted.
-    ternary = sum(
-        linear.out_features * -(-linear.in_features // ROW_BLOCK) * ROW_BLOCK * code_bits // 8
-        for _, linear in spec.linear_names()
-    )
-    return dense + ternary
+    dense = {name: checkpoint.dense(name) for name in spec.dense_shapes()}
+    stored = sum(tensor.nbytes for tensor in dense.values())
+    if device == "reference":
+        return stored + REFERENCE_CODE_BITS * ternary_bytes(spec, "2bit") // 2
+    # What "auto" means is known when the model is loaded: the larger packing is planned for.
+    packed = ternary_bytes(spec, "2bit" if options.packing == "auto" else options.packing)
+    head = dense["embed" if spec.tied_head else "head"]
+    rounded = rounded_head_bytes(spec, options.head, head.data.itemsize)
+    if rounded:
+        stored -= sum(dense[name].nbytes for name in ("embed", "head") if name in dense)
+    return stored + packed + rounded
 
 
 def _scratch_bytes(spec: ModelSpec, rows: int) -> int:

@@ -10,7 +10,13 @@ import numpy.typing as npt
 from bitllm import _native
 from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions
 from bitllm.backends.cpu.decoder import CpuDecoder
-from bitllm.backends.sizes import Packing, kv_bytes_per_token, ternary_bytes
+from bitllm.backends.cpu.tuning import choose_packing
+from bitllm.backends.sizes import (
+    Packing,
+    kv_bytes_per_token,
+    rounded_head_bytes,
+    ternary_bytes,
+)
 from bitllm.checkpoint import (
     LINEAR_NAMES,
     Checkpoint,
@@ -20,7 +26,6 @@ from bitllm.checkpoint import (
     StridedMatrix,
     TernaryMatrix,
 )
-from bitllm.config import KvDtype
 from bitllm.errors import (
     ConfigError,
     FormatError,
@@ -59,8 +64,14 @@ class CpuBackend:
         threads = options.threads or _native.cpu_info()["physical_cores"]
         kv_blocks = -(-(options.kv_tokens or spec.max_context) // KV_BLOCK_SIZE)
         _refuse_unsupported(checkpoint)
-        packing = _packing(options)
-        _refuse_too_large(checkpoint, kv_blocks, options.kv_dtype, packing)
+        packing = choose_packing(
+            options.packing,
+            cpu=_native.cpu_info()["name"],
+            isa=isa,
+            threads=threads,
+            ternary_bytes=ternary_bytes(spec, "2bit"),
+        ).name
+        _refuse_too_large(checkpoint, kv_blocks, options, packing)
         try:
             native = _empty_decoder(spec, options, isa, threads, kv_blocks, packing)
             dense_bytes = _load_tensors(native, checkpoint, options.head)
@@ -72,10 +83,6 @@ class CpuBackend:
                 hint="ask for a shorter context (kv_tokens) or a smaller max_batch_tokens",
             ) from error
         return CpuDecoder(native, spec, options, isa, threads, packing, dense_bytes)
-
-
-def _packing(options: LoadOptions) -> Packing:
-    return "2bit" if options.packing == "auto" else options.packing
 
 
 def _empty_decoder(
@@ -132,11 +139,14 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_too_large(
-    checkpoint: Checkpoint, kv_blocks: int, kv_dtype: KvDtype, packing: Packing
+    checkpoint: Checkpoint, kv_blocks: int, options: LoadOptions, packing: Packing
 ) -> None:
     # Embedding and head stay in the mapped file, which the system may drop and read again.
-    weights = ternary_bytes(checkpoint.spec, packing)
-    cache = kv_blocks * KV_BLOCK_SIZE * kv_bytes_per_token(checkpoint.spec, kv_dtype)
+    spec = checkpoint.spec
+    head = checkpoint.dense("embed" if spec.tied_head else "head")
+    weights = ternary_bytes(spec, packing)
+    weights += rounded_head_bytes(spec, options.head, head.data.itemsize)
+    cache = kv_blocks * KV_BLOCK_SIZE * kv_bytes_per_token(spec, options.kv_dtype)
     free = _native.available_memory()
     if free and weights + cache > free:
         raise InsufficientMemoryError(

@@ -1,4 +1,4 @@
-"""Which packing of ternary weights is the faster one here: a table of measurements, or the user's own.
+"""Which packing of ternary weights is the faster one here: by a table, or as it was measured.
 
 "auto" means what this machine's user has measured (`bitllm bench --tune`, kept in a small file of
 the user's cache directory) for the same CPU, kernel set and threads and a model of about this size;
@@ -17,7 +17,14 @@ from typing import Any, Literal, get_args
 
 from bitllm.config import PackingName
 
-__all__ = ["PackingChoice", "Tuning", "choose_packing", "read_tunings", "store_tuning", "tuning_file"]
+__all__ = [
+    "PackingChoice",
+    "Tuning",
+    "choose_packing",
+    "read_tunings",
+    "store_tuning",
+    "tuning_file",
+]
 
 Packing = Literal["2bit", "base3"]
 
