@@ -546,6 +546,7 @@ void bind_machine(nb::module_& module) {
             nb::dict flags;
             flags["avx2"] = features.avx2;
             flags["f16c"] = features.f16c;
+            flags["avxvnni"] = features.avxvnni;
             flags["avx512f"] = features.avx512f;
             flags["avx512bw"] = features.avx512bw;
             flags["avx512dq"] = features.avx512dq;

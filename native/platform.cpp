@@ -368,6 +368,7 @@ CpuFeatures cpu_features() {
     if ((states & YMM_STATES) == YMM_STATES) {
         features.avx2 = bit(extended.ebx, 5);
         features.f16c = bit(basic.ecx, 29);
+        features.avxvnni = extended.eax >= 1 && bit(cpuid(7, 1).eax, 4);
     }
     if ((states & ZMM_STATES) == ZMM_STATES) {
         features.avx512f = bit(extended.ebx, 16);

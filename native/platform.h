@@ -15,6 +15,7 @@ namespace bitllm {
 struct CpuFeatures {
     bool avx2 = false;
     bool f16c = false;
+    bool avxvnni = false;
     bool avx512f = false;
     bool avx512bw = false;
     bool avx512dq = false;

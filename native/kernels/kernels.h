@@ -154,6 +154,8 @@ extern const IntegerKernels scalar_integer_kernels;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels avx2_kernels;
 extern const IntegerKernels avx2_integer_kernels;
+extern const Kernels avxvnni_kernels;
+extern const IntegerKernels avxvnni_integer_kernels;
 extern const Kernels avx512vnni_kernels;
 extern const IntegerKernels avx512vnni_integer_kernels;
 #elif defined(__aarch64__)

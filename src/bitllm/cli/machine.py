@@ -24,6 +24,7 @@ BANDWIDTH_BYTES = 1 << 28
 """Read to measure bandwidth: more than the last-level cache of most machines."""
 _X86 = {
     "avx512vnni": ("avx2", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"),
+    "avxvnni": ("avx2", "f16c", "avxvnni"),
     "avx2": ("avx2", "f16c"),
 }
 _ARM: dict[str, tuple[str, ...]] = {
