@@ -112,13 +112,13 @@ test-slow: install sanitize  ## sanitizers, emulated AVX-512, aarch64, slow pyte
 
 verify-large: install  ## evidence at 2B size: several GB of disk and memory, figures to stdout
 	$(BIN)/python benchmarks/make_checkpoint.py --shape 2b build/models/2b
-	$(BIN)/python benchmarks/decode.py build/models/2b
+	$(BIN)/bitllm bench -m build/models/2b --profile --plot build/models/2b.png
 	$(BIN)/python -m pytest -m large
 
-bench: install  ## footprint, and decode speed of a 10M-parameter model
+bench: install  ## footprint, and the speed of a 10M-parameter model
 	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/make_checkpoint.py --shape 10m build/models/10m
-	$(BIN)/python benchmarks/decode.py build/models/10m
+	$(BIN)/bitllm bench -m build/models/10m --profile
 
 # --- checks --------------------------------------------------------------------------------------
 

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from make_checkpoint import BYTE_CODES, RESERVED_IDS, Shape, tokenizer
+
+from bitllm.bench.random_model import BYTE_CODES, RESERVED_IDS, Shape, tokenizer
 
 BLOCK = 256
 """Weights that share a scale, in each of the quantised types here."""

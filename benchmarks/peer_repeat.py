@@ -69,36 +69,34 @@ class Engine(Protocol):
 
 
 class Bitllm:
-    """The CPU backend of bitllm, as decode.py runs it."""
+    """The CPU backend of bitllm, as `bitllm bench` runs it."""
 
     def __init__(self, model: Path, work: Work) -> None:
         from bitllm.backends import get_backend
         from bitllm.backends.base import LoadOptions
+        from bitllm.bench.steps import Sequences
         from bitllm.formats import open_checkpoint
 
         options = LoadOptions(
             kv_tokens=work.context, threads=work.threads, max_batch_tokens=work.prefill
         )
-        self._decoder = get_backend("cpu").load(open_checkpoint(model), options)
-        self._chunk = work.prefill
+        decoder = get_backend("cpu").load(open_checkpoint(model), options)
+        self._sequence = Sequences(decoder, 1, work.context, work.prefill)
         self.about = {
             "version": importlib.metadata.version("bitllm"),
-            "kernel": self._decoder.info.kernel,
-            "model_bytes": self._decoder.info.weight_bytes,
+            "kernel": decoder.info.kernel,
+            "packing": decoder.info.packing,
+            "head": decoder.info.head,
+            "model_bytes": decoder.info.weight_bytes,
         }
 
     def prefill(self, ids: list[int]) -> None:
         """Positions are overwritten, so there is nothing to empty."""
-        import decode
-
-        for start in range(0, len(ids), self._chunk):
-            self._decoder.forward(decode.run_of(ids[start : start + self._chunk], start))
+        self._sequence.prefill(len(ids))
 
     def decode(self, depth: int, steps: int) -> None:
         """Draw greedily in the decoder."""
-        import decode
-
-        decode.decode(self._decoder, depth, steps)
+        self._sequence.decode(depth, steps)
 
 
 class LlamaCpp:

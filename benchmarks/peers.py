@@ -30,7 +30,6 @@ from typing import Any
 
 import machine
 import peer_gguf
-from decode import summary
 from peer_engines import (
     INSTALL,
     PACKAGES,
@@ -44,6 +43,7 @@ from peer_engines import (
 from peer_repeat import Work, add_work, decode_name, positive, prefill_name, work_of
 
 from bitllm.backends.cpu import cpu_info
+from bitllm.bench.timing import Spread
 
 OURS = "bitllm"
 
@@ -153,8 +153,8 @@ def figures(outcomes: dict[str, Outcome], work: Work) -> list[dict[str, Any]]:
             samples = outcome.samples.get(kind, [])
             row: dict[str, Any] = {"work": kind, "engine": name, "samples": samples}
             if samples:
-                speed = summary(samples)
-                row |= {"tokens_per_s": speed["median"], "spread": speed["spread"]}
+                speed = Spread.of(samples)
+                row |= {"tokens_per_s": speed.median, "spread": speed.spread}
             if samples and ours and name != OURS:
                 row |= compare(ours, samples)
             rows.append(row)

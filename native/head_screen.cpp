@@ -34,6 +34,11 @@ bool rewarded(const SamplePlan& plan, size_t entry) {
            plan.presence_penalty[entry] < 0.0f;
 }
 
+UniformStream uniforms_of(const SamplePlan& plan, size_t entry) {
+    return {plan.seed[entry], static_cast<uint32_t>(plan.choice[entry]),
+            static_cast<uint32_t>(plan.position[entry])};
+}
+
 }  // namespace
 
 HeadScreen::HeadScreen(const Kernels& kernels, DenseMatrix head, const RoundedHead& rounded,
@@ -49,10 +54,13 @@ size_t HeadScreen::take_scratch(Arena* arena, size_t slots) {
             slot.approx = arena->take<float>(padded);
             slot.upper = arena->take<float>(padded);
             slot.noise = arena->take<float>(padded);
+            slot.approx_peaks = arena->take<float>(padded / SCREEN_ROWS);
+            slot.upper_peaks = arena->take<float>(padded / SCREEN_ROWS);
             slot.list = arena->take<int32_t>(vocab_);
         }
-        bytes += 3 * Arena::bytes_for<float>(padded) + Arena::bytes_for<int32_t>(vocab_) +
-                 rounded_.take_query(arena, &slot.query);
+        bytes += 3 * Arena::bytes_for<float>(padded) +
+                 2 * Arena::bytes_for<float>(padded / SCREEN_ROWS) +
+                 Arena::bytes_for<int32_t>(vocab_) + rounded_.take_query(arena, &slot.query);
     }
     return bytes;
 }
@@ -112,13 +120,26 @@ void HeadScreen::approximate(size_t slots, Range rows) {
             const Slot& slot = slots_[i];
             if (slot.stage != Stage::BOUNDS) continue;
             std::fill(slot.logits + first, slot.logits + end, LOWEST);
-            if (!slot.noisy) continue;
-            const UniformStream uniforms{slot.plan->seed[slot.entry],
-                                         static_cast<uint32_t>(slot.plan->choice[slot.entry]),
-                                         static_cast<uint32_t>(slot.plan->position[slot.entry])};
-            uniforms.many_words(static_cast<uint32_t>(first / 4), words);
-            for (size_t id = 0; id < GRAIN; ++id) slot.noise[first + id] = gumbel_bound(words[id]);
+            if (slot.noisy) {
+                uniforms_of(*slot.plan, slot.entry)
+                    .many_words(static_cast<uint32_t>(first / 4), words);
+                for (size_t id = 0; id < GRAIN; ++id)
+                    slot.noise[first + id] = gumbel_bound(words[id]);
+            }
+            bound_scores(slot, {first, end});
         }
+    }
+}
+
+void HeadScreen::bound_scores(const Slot& slot, Range rows) const {
+    for (size_t first = rows.begin; first < rows.end; first += SCREEN_ROWS) {
+        float approx = LOWEST, upper = LOWEST;
+        for (size_t id = first; id < std::min(first + SCREEN_ROWS, rows.end); ++id) {
+            approx = std::max(approx, slot.score(slot.approx, id));
+            upper = std::max(upper, slot.score(slot.upper, id));
+        }
+        slot.approx_peaks[first / SCREEN_ROWS] = approx;
+        slot.upper_peaks[first / SCREEN_ROWS] = upper;
     }
 }
 
@@ -154,23 +175,26 @@ void HeadScreen::list_adjusted(Slot& slot) const {
 
 // The ids that most likely are the best ones.
 void HeadScreen::list_probes(Slot& slot) const {
-    const auto key = [&](int32_t id) {
-        return slot.noisy ? slot.approx[id] * slot.inverse + slot.noise[id] : slot.approx[id];
+    const auto order = [&](int32_t a, int32_t b) {
+        return slot.score(slot.approx, static_cast<size_t>(a)) >
+               slot.score(slot.approx, static_cast<size_t>(b));
     };
-    const auto order = [&](int32_t a, int32_t b) { return key(a) > key(b); };
     int32_t* probes = slot.list + slot.count;
     const size_t wanted = std::min(slot.keep + PROBES, vocab_ - slot.count);
     size_t found = 0;
     float worst = LOWEST;
-    for (int32_t id = 0; static_cast<size_t>(id) < vocab_; ++id) {
-        if (!(key(id) > worst)) continue;
-        if (found == wanted) {
-            std::pop_heap(probes, probes + found, order);
-            --found;
+    for (size_t first = 0; first < vocab_; first += SCREEN_ROWS) {
+        if (!(slot.approx_peaks[first / SCREEN_ROWS] > worst)) continue;
+        for (size_t id = first; id < std::min(first + SCREEN_ROWS, vocab_); ++id) {
+            if (!(slot.score(slot.approx, id) > worst)) continue;
+            if (found == wanted) {
+                std::pop_heap(probes, probes + found, order);
+                --found;
+            }
+            probes[found++] = static_cast<int32_t>(id);
+            std::push_heap(probes, probes + found, order);  // the worst one is on top
+            if (found == wanted) worst = slot.score(slot.approx, static_cast<size_t>(probes[0]));
         }
-        probes[found++] = id;
-        std::push_heap(probes, probes + found, order);  // the worst one is on top
-        if (found == wanted) worst = key(probes[0]);
     }
     for (size_t i = 0; i < found; ++i) take_out(slot, static_cast<size_t>(probes[i]));
     slot.forced = slot.count;
@@ -189,9 +213,7 @@ float HeadScreen::threshold(Slot& slot) const {
         return slot.logits[probes[slot.keep - 1]];
     }
     const SamplePlan& plan = *slot.plan;
-    const UniformStream uniforms{plan.seed[slot.entry],
-                                 static_cast<uint32_t>(plan.choice[slot.entry]),
-                                 static_cast<uint32_t>(plan.position[slot.entry])};
+    const UniformStream uniforms = uniforms_of(plan, slot.entry);
     const double temperature = plan.temperature[slot.entry];
     double best = LOWEST;
     for (size_t i = 0; i < found; ++i) {
@@ -204,15 +226,27 @@ float HeadScreen::threshold(Slot& slot) const {
     return found == 0 ? LOWEST : static_cast<float>(best - 1e-6 * (std::fabs(best) + 64.0));
 }
 
-// Lists the ids that may reach `lowest`; false if they are too many.
-bool HeadScreen::list_above(Slot& slot, float lowest, bool noisy) const {
+// Lists the ids whose score may reach `lowest`; false if they are too many.
+bool HeadScreen::list_above(Slot& slot, float lowest) const {
     const float needed = std::max(lowest, std::numeric_limits<float>::lowest());
-    const size_t most = vocab_ / SMALL_PART;
+    slot.count = 0;
+    for (size_t first = 0; first < vocab_; first += SCREEN_ROWS) {
+        if (!(slot.upper_peaks[first / SCREEN_ROWS] >= needed)) continue;
+        if (slot.count > vocab_ / SMALL_PART) return false;
+        for (size_t id = first; id < std::min(first + SCREEN_ROWS, vocab_); ++id)
+            if (slot.score(slot.upper, id) >= needed)
+                slot.list[slot.count++] = static_cast<int32_t>(id);
+    }
+    for (size_t i = 0; i < slot.count; ++i) take_out(slot, static_cast<size_t>(slot.list[i]));
+    return true;
+}
+
+// The same with logits in place of scores.
+bool HeadScreen::list_ranked(Slot& slot, float lowest) const {
     slot.count = 0;
     for (size_t id = 0; id < vocab_; ++id) {
-        const float key = noisy ? slot.upper[id] * slot.inverse + slot.noise[id] : slot.upper[id];
-        if (!(key >= needed)) continue;
-        if (slot.count == most) return false;
+        if (!(slot.upper[id] >= lowest)) continue;
+        if (slot.count > vocab_ / SMALL_PART) return false;
         slot.list[slot.count++] = static_cast<int32_t>(id);
         take_out(slot, id);
     }
@@ -278,13 +312,13 @@ HeadScreen::Stage HeadScreen::next(Slot& slot, Sampler& sampler) {
             list_probes(slot);
             return Stage::PROBES;
         case Stage::PROBES:
-            return list_above(slot, threshold(slot), slot.noisy) ? Stage::SURVIVORS : Stage::ALL;
+            return list_above(slot, threshold(slot)) ? Stage::SURVIVORS : Stage::ALL;
         case Stage::SURVIVORS: {
             if (!slot.cut) break;
             slot.token = sampler.draw_uncut(plan, slot.entry, slot.logits);
             if (slot.token < 0) return Stage::DONE;
             const float drawn = sampler.adjust(plan, slot.entry, slot.logits)[slot.token];
-            return list_above(slot, drawn, false) ? Stage::RANKED : Stage::ALL;
+            return list_ranked(slot, drawn) ? Stage::RANKED : Stage::ALL;
         }
         case Stage::RANKED: {
             const float* row = sampler.adjust(plan, slot.entry, slot.logits);
@@ -297,7 +331,7 @@ HeadScreen::Stage HeadScreen::next(Slot& slot, Sampler& sampler) {
             const double slack =
                 1e-5 * plan.temperature[slot.entry] + 1e-6 * (2.0 * std::fabs(highest) + width);
             const auto lowest = static_cast<float>(highest - width - slack);
-            return list_above(slot, lowest, false) ? Stage::LIKELY : Stage::ALL;
+            return list_ranked(slot, lowest) ? Stage::LIKELY : Stage::ALL;
         }
         case Stage::LIKELY:
         case Stage::ALL:

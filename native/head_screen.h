@@ -79,11 +79,19 @@ class HeadScreen {
         float* approx = nullptr;
         float* upper = nullptr;
         float* noise = nullptr;  // bounds of the Gumbel noise
+        // At least the scores by approx and by upper of each SCREEN_ROWS ids.
+        float* approx_peaks = nullptr;
+        float* upper_peaks = nullptr;
         float* logits = nullptr;
         int32_t* list = nullptr;  // rows to compute
         size_t count = 0;
         size_t forced = 0;  // those at the front of the list that give no threshold
         int32_t token = -1;
+
+        // What ids are compared by: these bounds of logits, or with temperature and noise.
+        float score(const float* bounds, size_t id) const {
+            return noisy ? bounds[id] * inverse + noise[id] : bounds[id];
+        }
     };
 
     bool decides(const SamplePlan& plan, size_t entry) const;
@@ -92,7 +100,9 @@ class HeadScreen {
     void list_adjusted(Slot& slot) const;
     void list_probes(Slot& slot) const;
     float threshold(Slot& slot) const;
-    bool list_above(Slot& slot, float lowest, bool noisy) const;
+    bool list_above(Slot& slot, float lowest) const;
+    bool list_ranked(Slot& slot, float lowest) const;
+    void bound_scores(const Slot& slot, Range rows) const;
     bool surely_kept(const Slot& slot, const float* row) const;
     double least_rest(const Slot& slot, float shift) const;
     Stage next(Slot& slot, Sampler& sampler);

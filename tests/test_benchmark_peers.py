@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import make_checkpoint
 import numpy as np
 import peer_engines
 import peer_gguf
@@ -17,9 +16,9 @@ import pytest
 from peer_engines import PeerError, parse_llama_bench, parse_repeat, run
 from peer_repeat import Work, measure
 
-TINY = make_checkpoint.Shape(
-    hidden=32, ffn=64, layers=2, heads=2, kv_heads=1, head_dim=16, vocab=640
-)
+from bitllm.bench import random_model
+
+TINY = random_model.Shape(hidden=32, ffn=64, layers=2, heads=2, kv_heads=1, head_dim=16, vocab=640)
 WORK = Work(prefill=32, steps=4, depths=(0, 48), threads=1)
 
 FAKE_LLAMA_BENCH = """#!{python}
@@ -54,7 +53,7 @@ def llama_bench(folder: Path, options: str = "-d, --n-depth", crash: bool = Fals
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    make_checkpoint.write_checkpoint(path, TINY)
+    random_model.write_checkpoint(path, TINY)
     return path
 
 
@@ -322,7 +321,7 @@ def test_a_tensor_has_the_bytes_that_the_file_announces(kind: str) -> None:
 
 
 def test_the_gguf_file_has_the_weights_of_the_checkpoint() -> None:
-    shape = make_checkpoint.SHAPES["2b"]
+    shape = random_model.SHAPES["2b"]
     peer_gguf.check(shape)
     tensors = list(peer_gguf.entries(shape, "TQ2_0", "Q6_K"))
     count = sum(int(np.prod(entry.shape)) for entry in tensors)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from make_checkpoint import SHAPES, write_checkpoint
 
 from batches import logits_of, prompt_ids
 from bitllm import _native, ops
 from bitllm.backends import get_backend
 from bitllm.backends.base import LoadOptions
+from bitllm.bench.random_model import SHAPES, write_checkpoint
 from bitllm.formats import open_checkpoint
 from layer_by_layer import layer_errors, layers_in_transformers
 

@@ -269,7 +269,7 @@ class Workbench:
         return _timed("decode", tokens, batch, depth, step, batch, total, head)
 
     def stages(self, work: str, tokens: int, depth: int) -> list[TimedStage]:
-        """Return where the time goes: of a whole prompt, or of a step that draws a token."""
+        """Return where the time of the median run goes: of a prompt, or of a step of decoding."""
         self._say(f"stages of {work}")
         sequences = self._sequences(1, depth + tokens)
         self._fill(sequences, depth)
@@ -280,11 +280,15 @@ class Workbench:
             action = partial(sequences.decode, depth, tokens)
         action()
         before = self.decoder.head_statistics
-        self.decoder.measure_stages(True)
-        action()
-        spent = self.decoder.stage_seconds()
+        runs = []
+        for _ in range(self._repeats):
+            self.decoder.measure_stages(True)
+            action()
+            runs.append(self.decoder.stage_seconds())
         self.decoder.measure_stages(False)
-        head = HeadUse.between(before, self.decoder.head_statistics, steps)
+        # One run that was: stages of the median run add up to what it took.
+        spent = sorted(runs, key=lambda run: sum(run.values()))[len(runs) // 2]
+        head = HeadUse.between(before, self.decoder.head_statistics, self._repeats * steps)
         need = self._needs(head).step(run, 1)
         total = sum(spent.values())
         return [

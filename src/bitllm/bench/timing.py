@@ -12,14 +12,14 @@ __all__ = ["Spread", "repeat", "seconds"]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of some durations in seconds, and (max - min) / median."""
+    """The median of some samples, durations or speeds, and (max - min) / median."""
 
     median: float
     spread: float
 
     @staticmethod
     def of(samples: Sequence[float]) -> Spread:
-        """Sum up at least one duration."""
+        """Sum up at least one sample."""
         median = statistics.median(samples)
         return Spread(median, (max(samples) - min(samples)) / median if median > 0 else 0.0)
 

@@ -16,6 +16,7 @@ from bitllm.errors import TokenizerError
 
 if TYPE_CHECKING:
     from bitllm.checkpoint import LayerSpec, ModelSpec
+    from bitllm.config import EngineOptions
     from bitllm.formats import ModelFiles
 
 __all__ = ["info"]
@@ -61,6 +62,7 @@ def info(ref: str | None, tensors: bool, as_json: bool, **options: Any) -> None:
         "types": _by_type(stored),
         "memory": {**dataclasses.asdict(plan), "total": plan.total, "fits": plan.fits},
         "device": dataclasses.asdict(device),
+        "packing": _packing(checkpoint.spec, settings) if device.name == "cpu" else None,
     }
     if tensors:
         facts["tensors"] = stored
@@ -127,6 +129,25 @@ def _describe_text(files: ModelFiles) -> dict[str, Any]:
     }
 
 
+def _packing(spec: ModelSpec, settings: EngineOptions) -> dict[str, str] | None:
+    """Return how the cpu device would hold the weights, and why; None without native module."""
+    try:
+        from bitllm.backends.cpu import choose_packing, cpu_info, kernel_names
+    except ImportError:
+        return None
+    from bitllm.backends.sizes import ternary_bytes
+
+    cpu = cpu_info()
+    choice = choose_packing(
+        settings.packing,
+        cpu=cpu["name"],
+        isa=settings.isa or kernel_names()[0],
+        threads=settings.threads or cpu["physical_cores"],
+        ternary_bytes=ternary_bytes(spec, "2bit"),
+    )
+    return dataclasses.asdict(choice)
+
+
 def _stored_tensors(files: ModelFiles) -> Iterator[dict[str, Any]]:
     """Yield name, dtype, shape and bytes of each tensor in the weight files."""
     from bitllm.formats.safetensors import SafetensorsFile
@@ -160,6 +181,8 @@ def _lines(facts: Mapping[str, Any], memory_table: str) -> Iterator[str]:
     )
     yield from _text_lines(facts["text"])
     yield f"device        {facts['device']['name']} ({facts['device']['reason']})"
+    if facts["packing"] is not None:
+        yield f"packing       {facts['packing']['name']} ({facts['packing']['reason']})"
     yield ""
     yield "files"
     for file in facts["files"]:
