@@ -32,13 +32,19 @@ inline void store(void* at, __m256i values) {
     _mm256_storeu_si256(static_cast<__m256i*>(at), values);
 }
 
-// sum_i16x16 plus the products of 32 codes. The empty statement keeps the compiler from reordering
-// the additions of a tile: it would hold many products at once and run out of registers.
+// Keeps the compiler from reordering the additions of a tile: it would hold many products at once
+// and run out of registers. For a variable, not for an element of an array: that would go to
+// memory.
+inline void settle(__m256i& value) {
+#if defined(__GNUC__)
+    __asm__("" : "+x"(value));
+#endif
+}
+
+// sum_i16x16 plus the products of 32 codes.
 inline __m256i add_pairs(__m256i sum_i16x16, __m256i codes_u8x32, __m256i q_i8x32) {
     __m256i sum = _mm256_add_epi16(sum_i16x16, _mm256_maddubs_epi16(codes_u8x32, q_i8x32));
-#if defined(__GNUC__)
-    __asm__("" : "+x"(sum));
-#endif
+    settle(sum);
     return sum;
 }
 
@@ -158,9 +164,7 @@ struct Base3 {
     // Known to the compiler, it would multiply with shifts and additions, which take longer.
     static __m256i factor(int16_t value) {
         __m256i all = _mm256_set1_epi16(value);
-#if defined(__GNUC__)
-        __asm__("" : "+x"(all));
-#endif
+        settle(all);
         return all;
     }
 
@@ -430,8 +434,7 @@ inline void settle(__m256i& value) {
 
 inline void step(__m256i& sum_i16x16, __m256i codes_u8x32, __m256i& q_i8x32) {
     settle(q_i8x32);
-    sum_i16x16 = _mm256_add_epi16(sum_i16x16, _mm256_maddubs_epi16(codes_u8x32, q_i8x32));
-    settle(sum_i16x16);
+    sum_i16x16 = add_pairs(sum_i16x16, codes_u8x32, q_i8x32);
 }
 
 // Eight sums in registers; an array of them would lie in memory.
