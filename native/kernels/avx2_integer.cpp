@@ -424,14 +424,6 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
 
 // A multiplication and an addition. To the compiler q changes each time, so that no product can be
 // left out.
-inline void settle(__m256i& value) {
-#if defined(__GNUC__)
-    __asm__("" : "+x"(value));
-#else
-    (void)value;
-#endif
-}
-
 inline void step(__m256i& sum_i16x16, __m256i codes_u8x32, __m256i& q_i8x32) {
     settle(q_i8x32);
     sum_i16x16 = add_pairs(sum_i16x16, codes_u8x32, q_i8x32);
