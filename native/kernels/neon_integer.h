@@ -59,8 +59,8 @@ struct TwoBitSums {
 // q) / 256. 16 operations for 80 weights, with s[i] = 3^i * s[0].
 //
 // All of this wraps around (in unsigned operations: for compilers that defines it), but not the
-// result: a lane of it is 256 times the sum of k / 4 products of code and q, below 2^31 in magnitude
-// for k <= 2^24 / 127.
+// result: a lane of it is 256 times the sum of k / 4 products of code and q, below 2^31 in
+// magnitude for k <= 2^24 / 127.
 struct Base3Sums {
     static constexpr size_t PARTS = 5;
     int32x4_t before, after;
