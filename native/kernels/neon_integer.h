@@ -58,8 +58,9 @@ struct TwoBitSums {
 // So nobody has to look at a digit: the sum of code * q is (3 * sum of s[i] * q - sum of s[i + 1] *
 // q) / 256. 16 operations for 80 weights, with s[i] = 3^i * s[0].
 //
-// `before` and `after` wrap around, and so may 3 * before - after on its way; a lane of the result
-// adds k / 4 products of 256 * code and q, whose magnitude is below 2^31 for k <= 2^24 / 127.
+// All of this wraps around (in unsigned operations: for compilers that defines it), but not the
+// result: a lane of it is 256 times the sum of k / 4 products of code and q, below 2^31 in
+// magnitude for k <= 2^24 / 127.
 struct Base3Sums {
     static constexpr size_t PARTS = 5;
     int32x4_t before, after;
@@ -67,12 +68,12 @@ struct Base3Sums {
     static Base3Sums zero() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
 
     void add(uint8x16_t bytes, const int8x16_t (&q)[PARTS]) {
-        const int8x16_t first = vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80)));
-        const auto tripled = [&](int power) {
-            return vmulq_s8(first, vdupq_n_s8(static_cast<int8_t>(power)));
+        const uint8x16_t first = veorq_u8(bytes, vdupq_n_u8(0x80));
+        const auto times = [&](uint8_t power) {
+            return vreinterpretq_s8_u8(vmulq_u8(first, vdupq_n_u8(power)));
         };
-        const int8x16_t s[PARTS + 1] = {first,       tripled(3),  tripled(9),
-                                        tripled(27), tripled(81), tripled(243 - 256)};
+        const int8x16_t s[PARTS + 1] = {times(1),  times(3),  times(9),
+                                        times(27), times(81), times(243)};
         for (size_t i = 0; i < PARTS; ++i) {
             before = dot(before, s[i], q[i]);
             after = dot(after, s[i + 1], q[i]);
@@ -80,8 +81,9 @@ struct Base3Sums {
     }
 
     int32_t total(int32_t) const {
-        const int32x4_t scaled_i32x4 = vsubq_s32(vmulq_n_s32(before, 3), after);
-        return vaddvq_s32(vshrq_n_s32(scaled_i32x4, 8));
+        const uint32x4_t scaled_u32x4 =
+            vsubq_u32(vmulq_n_u32(vreinterpretq_u32_s32(before), 3), vreinterpretq_u32_s32(after));
+        return vaddvq_s32(vshrq_n_s32(vreinterpretq_s32_u32(scaled_u32x4), 8));
     }
 };
 
