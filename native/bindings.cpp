@@ -546,11 +546,14 @@ void bind_machine(nb::module_& module) {
             nb::dict flags;
             flags["avx2"] = features.avx2;
             flags["f16c"] = features.f16c;
+            flags["avxvnni"] = features.avxvnni;
             flags["avx512f"] = features.avx512f;
             flags["avx512bw"] = features.avx512bw;
             flags["avx512dq"] = features.avx512dq;
             flags["avx512vl"] = features.avx512vl;
             flags["avx512vnni"] = features.avx512vnni;
+            flags["dotprod"] = features.dotprod;
+            flags["i8mm"] = features.i8mm;
             nb::typed<nb::dict, nb::str, nb::any> info;
             info["name"] = cpu_name();
             info["physical_cores"] = physical_cores();
@@ -569,6 +572,8 @@ void bind_machine(nb::module_& module) {
         "The kernel sets this machine runs, best first.");
     module.def("available_memory", &available_memory,
                "Bytes that can still be allocated; 0 = unknown.");
+    module.def("trim_heap", &trim_heap,
+               "Give memory that the heap has free back to the system, where it can.");
     module.def("resident_bytes", &resident_bytes, "Bytes of this process in RAM; 0 = unknown.");
     module.def("resident_file_bytes", &resident_file_bytes,
                "Those of them that are pages of files.");

@@ -305,6 +305,9 @@ class Decoder {
                          size_t stride, Workspace& own);
     void multiply_groups(const Linear& linear, const Quantized& input, Range rows, float* out,
                          size_t stride, Workspace& own);
+    const PackedKernels& packed_kernels(const Linear& linear) const {
+        return kernels_.integer->packed[static_cast<size_t>(linear.packing)];
+    }
     size_t unpack_rows(const Linear& linear, Range rows, Workspace& own) const;
     void rescale_rows(const Linear& linear, Range rows, float a, int32_t* accumulators,
                       float* out) const;

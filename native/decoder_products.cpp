@@ -99,23 +99,30 @@ void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* o
 void Decoder::multiply_token(const Linear& linear, const Quantized& input, Range rows, float* out,
                              Workspace& own) {
     const Range kept = kept_of(linear, rows);
-    const PackedKernels& kernels = kernels_.integer->packed[static_cast<size_t>(linear.packing)];
-    kernels.matvec(packed_row(linear, kept.begin), kept.end - kept.begin, linear.in, input.values,
-                   input.sums[0], own.accumulators);
+    packed_kernels(linear).matvec(packed_row(linear, kept.begin), kept.end - kept.begin, linear.in,
+                                  input.values, input.sums[0], own.accumulators);
     rescale_rows(linear, rows, input.scales[0], own.accumulators, out);
 }
 
-// Rows are unpacked once for all tokens, of which TOKEN_TILE pass at a time: their accumulators
-// stay in the first cache, and the codes in the second.
+// TOKEN_TILE tokens at a time, so that their accumulators stay in the first cache. Few tokens take
+// rows as they are; for many, rows are unpacked once, and the codes stay in the second cache.
 void Decoder::multiply_tokens(const Linear& linear, const Quantized& input, Range rows, float* out,
                               size_t stride, Workspace& own) {
     const size_t height = rows.end - rows.begin, columns = padded_columns(linear.in);
-    const size_t unpacked = unpack_rows(linear, rows, own);
+    const Range kept = kept_of(linear, rows);
+    const PackedKernels& kernels = packed_kernels(linear);
+    const bool few = tokens_ <= kernels.few_tokens;
+    if (!few) unpack_rows(linear, rows, own);
     for (size_t token = 0; token < tokens_; token += TOKEN_TILE) {
         const size_t width = std::min(TOKEN_TILE, tokens_ - token);
-        kernels_.integer->codes_matmul(own.codes, columns, unpacked, columns,
-                                       input.values + token * columns, columns, input.sums + token,
-                                       width, own.accumulators, height);
+        const int8_t* q = input.values + token * columns;
+        if (few)
+            kernels.matmul(packed_row(linear, kept.begin), kept.end - kept.begin, linear.in, q,
+                           input.sums + token, width, own.accumulators, height);
+        else
+            kernels_.integer->codes_matmul(own.codes, columns, kept.end - kept.begin, columns, q,
+                                           columns, input.sums + token, width, own.accumulators,
+                                           height);
         for (size_t i = 0; i < width; ++i)
             rescale_rows(linear, rows, input.scales[token + i], own.accumulators + i * height,
                          out + (token + i) * stride);
@@ -161,8 +168,8 @@ void Decoder::multiply_groups(const Linear& linear, const Quantized& input, Rang
 // The rows of a tile that are there, into own.codes; their number.
 size_t Decoder::unpack_rows(const Linear& linear, Range rows, Workspace& own) const {
     const Range kept = kept_of(linear, rows);
-    const PackedKernels& kernels = kernels_.integer->packed[static_cast<size_t>(linear.packing)];
-    kernels.unpack(packed_row(linear, kept.begin), kept.end - kept.begin, linear.in, own.codes);
+    packed_kernels(linear).unpack(packed_row(linear, kept.begin), kept.end - kept.begin, linear.in,
+                                  own.codes);
     return kept.end - kept.begin;
 }
 

@@ -8,6 +8,8 @@ namespace {
 #if defined(__x86_64__) || defined(_M_X64)
 bool runs_avx2(const CpuFeatures& cpu) { return cpu.avx2 && cpu.f16c; }
 
+bool runs_avxvnni(const CpuFeatures& cpu) { return runs_avx2(cpu) && cpu.avxvnni; }
+
 bool runs_avx512vnni(const CpuFeatures& cpu) {
     return runs_avx2(cpu) && cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl &&
            cpu.avx512vnni;
@@ -21,6 +23,7 @@ std::vector<const Kernels*> available_kernels() {
 #if defined(__x86_64__) || defined(_M_X64)
     const CpuFeatures cpu = cpu_features();
     if (runs_avx512vnni(cpu)) sets.push_back(&avx512vnni_kernels);
+    if (runs_avxvnni(cpu)) sets.push_back(&avxvnni_kernels);
     if (runs_avx2(cpu)) sets.push_back(&avx2_kernels);
 #elif defined(__aarch64__)
 #if defined(BITLLM_NEON_EXTENSIONS)

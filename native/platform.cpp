@@ -24,6 +24,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -234,6 +237,12 @@ size_t resident_file_bytes() {
            read_kilobytes("/proc/self/status", "RssShmem:", 0);
 }
 
+void trim_heap() noexcept {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+}
+
 #if defined(_WIN32)
 
 void* map_pages(size_t bytes, bool) {
@@ -359,6 +368,7 @@ CpuFeatures cpu_features() {
     if ((states & YMM_STATES) == YMM_STATES) {
         features.avx2 = bit(extended.ebx, 5);
         features.f16c = bit(basic.ecx, 29);
+        features.avxvnni = extended.eax >= 1 && bit(cpuid(7, 1).eax, 4);
     }
     if ((states & ZMM_STATES) == ZMM_STATES) {
         features.avx512f = bit(extended.ebx, 16);

@@ -15,6 +15,7 @@ namespace bitllm {
 struct CpuFeatures {
     bool avx2 = false;
     bool f16c = false;
+    bool avxvnni = false;
     bool avx512f = false;
     bool avx512bw = false;
     bool avx512dq = false;
@@ -60,6 +61,9 @@ void unmap_pages(void* pages, size_t bytes) noexcept;
 // nothing for memory that is no read-only shared mapping of a file, or where a system does not
 // tell.
 void forget_pages(const void* bytes, size_t count);
+
+// Gives memory that the heap has free back to the system, where the C library has a call for it.
+void trim_heap() noexcept;
 
 // Default floating point control word (round to nearest, no flushing of denormals, no traps) from
 // construction to destruction, then the former one again. A calling program may have changed it;

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitllm import ops
 from bitllm.backends.base import Batch, LoadOptions, OutputKind, StepOutput, check_batch
 from bitllm.backends.cpu import CpuBackend, CpuDecoder
 from bitllm.bench import BenchSettings, gate, machine, operations, run_bench
@@ -294,15 +295,16 @@ def test_nothing_is_timed_when_the_output_is_wrong(
         run_bench(str(model), SETTINGS)
 
 
-def test_evidence_is_the_same_in_a_batch(model: Path) -> None:
+def test_evidence_of_one_sequence_is_that_of_several(model: Path) -> None:
     options = LoadOptions(kv_tokens=gate.SEQUENCES * gate.CONTEXT, isa="scalar")
+    wanted = gate.reference_evidence(CpuBackend(), open_checkpoint(model), options)
     decoder = CpuBackend().load(open_checkpoint(model), options)
     found = gate.evidence(decoder)
     decoder.close()
-    assert (found.logits.argmax(axis=1) == found.tokens).all()
-    # The two prompts are the same, and so is each token alone and beside the other sequence.
-    alike = [(0, 1), (2, 3), (3, 4), (5, 6), (6, 7)]
-    assert all((found.logits[a] == found.logits[b]).all() for a, b in alike)
+    assert found.logits.shape == (2 + 3 * gate.DECODED_TOKENS, 640)
+    assert (found.logits == wanted.logits).all()
+    assert (found.tokens == wanted.tokens).all()
+    assert len({row.tobytes() for row in found.logits}) == 1 + gate.DECODED_TOKENS
 
 
 # From end to end
@@ -476,6 +478,14 @@ def test_operations_have_a_row_for_each_size(monkeypatch: pytest.MonkeyPatch) ->
     rows = list(operations.operations("scalar", "base3", 2, 2, sizes=(32, 70)))
     assert [(row.size, row.threads) for row in rows] == [(32, 2), (70, 2)]
     assert all(row.native > 0 and row.python > 0 for row in rows)
+
+
+def test_a_wrong_operation_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "SECONDS", 1e-3)
+    right = ops.ternary_matmul
+    monkeypatch.setattr(ops, "ternary_matmul", lambda *a, **settings: right(*a, **settings) + 1)
+    with pytest.raises(MeasurementError, match="kernels scalar: an operation of 32 x 32"):
+        list(operations.operations("scalar", "2bit", 1, 1, sizes=(32,)))
 
 
 def test_latency_of_small_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_options_over_a_base() -> None:
         ("device", "", "name such as 'cpu'"),
         ("device", 3, "name such as 'cpu'"),
         ("isa", "", "name such as 'avx2'"),
-        ("kv_dtype", "int3", "'bf16' or 'fp32'"),
+        ("kv_dtype", "int3", "one of bf16, fp32, int8"),
         ("threads", 0, "1 to 1024"),
         ("threads", 1025, "1 to 1024"),
         ("context", "4k", "whole number"),

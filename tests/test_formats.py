@@ -199,6 +199,18 @@ class TestRepacking:
         assert peak < stored.nbytes + (16 << 20)
 
 
+def _resident(file: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        word = line.split()[0]
+        if not word.endswith(":"):
+            inside = line.endswith(str(file))
+        elif word == "Rss:" and inside:
+            found += int(line.split()[1]) * 1024
+    return found
+
+
 class TestWeights:
     @pytest.mark.parametrize("dtype", [np.float32, np.float16])
     @pytest.mark.parametrize(
@@ -217,6 +229,40 @@ class TestWeights:
             assert matrix.source_scales is not None
             assert matrix.source_scales.to_float32() == stored
             assert matrix.source_convention == ("divide" if divides else "multiply")
+
+    @pytest.mark.parametrize("quantization", [MULTIPLY, BITNET])
+    def test_packed_matrices_can_be_had_as_they_are_mapped(
+        self, tmp_path: Path, quantization: dict[str, Any]
+    ) -> None:
+        model = make_model(quantization=quantization)
+        del model.tensors[GATE + "_scale"]
+        model.tensors[GATE] = model.codes["gate"] * np.float32(0.3)  # one that is not packed
+        checkpoint = model.open(tmp_path)
+        assert checkpoint.strided("layers.0.gate") is None
+        for name, module in NAMES.items():
+            if name == "gate":
+                continue
+            matrix = checkpoint.strided(f"layers.0.{name}")
+            assert matrix is not None
+            assert (matrix.stored == model.tensors[f"model.layers.0.{module}.weight"]).all()
+            assert not matrix.stored.flags.owndata
+            converted = checkpoint.ternary(f"layers.0.{name}")
+            assert matrix.shape == converted.shape
+            assert matrix.scales == converted.scales
+            checkpoint.release()
+            assert (matrix.stored == model.tensors[f"model.layers.0.{module}.weight"]).all()
+
+    @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+    def test_what_was_read_of_a_file_is_dropped(self, tmp_path: Path) -> None:
+        model = make_model(vocab_size=200_000, tie_word_embeddings=True)
+        model.tensors["model.embed_tokens.weight"] = np.ones((200_000, HIDDEN), np.float32)
+        checkpoint = model.open(tmp_path)
+        embed = checkpoint.dense("embed").data
+        assert embed.sum() == embed.size
+        assert _resident(tmp_path / "model.safetensors") >= embed.nbytes
+        checkpoint.release()
+        assert _resident(tmp_path / "model.safetensors") == 0
+        assert embed.sum() == embed.size
 
     def test_dense_tensors_are_views_as_stored(self, tmp_path: Path) -> None:
         model = make_model(dtype=np.float16)
@@ -295,10 +341,17 @@ class TestWeights:
         with pytest.raises(FormatError, match=r"gate_proj.*scale"):
             model.open(tmp_path).ternary("layers.0.gate")
 
+    def test_an_impossible_scale_of_a_mapped_matrix(self, tmp_path: Path) -> None:
+        model = make_model()
+        model.tensors[GATE + "_scale"] = np.array([math.nan], np.float32)
+        with pytest.raises(FormatError, match=r"gate_proj.*scale"):
+            model.open(tmp_path).strided("layers.0.gate")
+
     def test_unknown_names_are_none(self, tmp_path: Path) -> None:
         checkpoint = make_model().open(tmp_path)
         assert checkpoint.source.dense("layers.9.attn_norm") is None
         assert checkpoint.source.ternary("layers.9.q") is None
+        assert checkpoint.strided("layers.9.q") is None
         with pytest.raises(MissingTensorError):
             checkpoint.ternary("layers.9.q")
 

@@ -468,23 +468,28 @@ void add(float* x, const float* y, size_t n) {
     for (; i < n; ++i) x[i] += y[i];
 }
 
+constexpr Kernels with_integers(const char* name, const IntegerKernels* integer) {
+    return {
+        .name = name,
+        .integer = integer,
+        .rms_norm = rms_norm,
+        .quantize = quantize,
+        .dense_matvec = dense_matvec,
+        .attention_scores = attention_scores,
+        .block_weights = block_weights,
+        .weighted_values = weighted_values,
+        .widen = widen,
+        .exp_shifted = exp_shifted,
+        .gated = gated,
+        .rescale = rescale,
+        .add = add,
+    };
+}
+
 }  // namespace
 
-const Kernels avx2_kernels = {
-    .name = "avx2",
-    .integer = &avx2_integer_kernels,
-    .rms_norm = rms_norm,
-    .quantize = quantize,
-    .dense_matvec = dense_matvec,
-    .attention_scores = attention_scores,
-    .block_weights = block_weights,
-    .weighted_values = weighted_values,
-    .widen = widen,
-    .exp_shifted = exp_shifted,
-    .gated = gated,
-    .rescale = rescale,
-    .add = add,
-};
+constinit const Kernels avx2_kernels = with_integers("avx2", &avx2_integer_kernels);
+constinit const Kernels avxvnni_kernels = with_integers("avxvnni", &avxvnni_integer_kernels);
 
 }  // namespace bitllm
 

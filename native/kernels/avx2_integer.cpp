@@ -32,13 +32,21 @@ inline void store(void* at, __m256i values) {
     _mm256_storeu_si256(static_cast<__m256i*>(at), values);
 }
 
-// sum_i16x16 plus the products of 32 codes. The empty statement keeps the compiler from reordering
-// the additions of a tile: it would hold many products at once and run out of registers.
+// Keeps the compiler from reordering the additions of a tile: it would hold many products at once
+// and run out of registers. For a variable, not for an element of an array: that would go to
+// memory.
+inline void settle(__m256i& value) {
+#if defined(__GNUC__)
+    __asm__("" : "+x"(value));
+#else
+    (void)value;
+#endif
+}
+
+// sum_i16x16 plus the products of 32 codes.
 inline __m256i add_pairs(__m256i sum_i16x16, __m256i codes_u8x32, __m256i q_i8x32) {
     __m256i sum = _mm256_add_epi16(sum_i16x16, _mm256_maddubs_epi16(codes_u8x32, q_i8x32));
-#if defined(__GNUC__)
-    __asm__("" : "+x"(sum));
-#endif
+    settle(sum);
     return sum;
 }
 
@@ -65,6 +73,18 @@ inline __m128i totals(const __m256i (&sums)[4]) {
                                         _mm256_unpackhi_epi32(sums[2], sums[3]));
     return add_halves(
         _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd)));
+}
+
+// The totals of sums in int16.
+template <size_t COUNT>
+inline void store_totals(const __m256i (&sums_i16x16)[COUNT], int32_t* at) {
+    size_t i = 0;
+    for (; i + 4 <= COUNT; i += 4) {
+        const __m256i four[4] = {widen(sums_i16x16[i]), widen(sums_i16x16[i + 1]),
+                                 widen(sums_i16x16[i + 2]), widen(sums_i16x16[i + 3])};
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(at + i), totals(four));
+    }
+    for (; i < COUNT; ++i) at[i] = total(widen(sums_i16x16[i]));
 }
 
 // With one token a product is bound by memory, and rows are too short for the hardware to foresee
@@ -114,14 +134,16 @@ struct TwoBit {
         }
     };
 
-    static void unpack(const uint8_t* packed, uint8_t* codes) {
+    // Calls use(column, 32 codes) for all columns of a block.
+    template <class Use>
+    static void digits(const uint8_t* packed, Use use) {
         const __m256i low_bits = _mm256_set1_epi8(3);
-        for (size_t half = 0; half < BLOCK_BYTES; half += WIDTH, codes += WIDTH) {
-            const __m256i u8x32 = load(packed + half);
-            store(codes, _mm256_and_si256(u8x32, low_bits));
-            store(codes + BLOCK_BYTES, _mm256_and_si256(_mm256_srli_epi16(u8x32, 2), low_bits));
-            store(codes + 2 * BLOCK_BYTES, _mm256_and_si256(_mm256_srli_epi16(u8x32, 4), low_bits));
-            store(codes + 3 * BLOCK_BYTES, _mm256_and_si256(_mm256_srli_epi16(u8x32, 6), low_bits));
+        for (size_t half = 0; half < BLOCK_BYTES; half += WIDTH) {
+            const __m256i bytes = load(packed + half);
+            use(half, _mm256_and_si256(bytes, low_bits));
+            use(BLOCK_BYTES + half, _mm256_and_si256(_mm256_srli_epi16(bytes, 2), low_bits));
+            use(2 * BLOCK_BYTES + half, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_bits));
+            use(3 * BLOCK_BYTES + half, _mm256_and_si256(_mm256_srli_epi16(bytes, 6), low_bits));
         }
     }
 };
@@ -150,17 +172,10 @@ struct Base3 {
         __m256i total_i32x8() const { return widen(i16x16); }
     };
 
-    static void unpack(const uint8_t* packed, uint8_t* codes) {
-        digits(packed,
-               [&](size_t column, __m256i codes_u8x32) { store(codes + column, codes_u8x32); });
-    }
-
     // Known to the compiler, it would multiply with shifts and additions, which take longer.
     static __m256i factor(int16_t value) {
         __m256i all = _mm256_set1_epi16(value);
-#if defined(__GNUC__)
-        __asm__("" : "+x"(all));
-#endif
+        settle(all);
         return all;
     }
 
@@ -263,8 +278,66 @@ void unpack(const uint8_t* packed, size_t rows, size_t k, uint8_t* codes) {
     const size_t blocks = row_blocks(Packed::PACKING, k), columns = padded_columns(k);
     for (size_t r = 0; r < rows; ++r, codes += columns) {
         for (size_t block = 0; block < blocks; ++block, packed += BLOCK_BYTES)
-            Packed::unpack(packed, codes + block * WEIGHTS);
+            Packed::digits(packed, [&](size_t column, __m256i codes_u8x32) {
+                store(codes + block * WEIGHTS + column, codes_u8x32);
+            });
         std::memset(codes + blocks * WEIGHTS, 1, columns - blocks * WEIGHTS);
+    }
+}
+
+// A row unpacked in registers for some tokens at once. FIRST: acc begins with these blocks.
+template <class Packed, size_t TOKENS, bool FIRST>
+inline void multiply_row(const uint8_t* packed, size_t blocks, const int8_t* q, size_t q_stride,
+                         const int32_t* q_sums, int32_t* acc, size_t acc_stride) {
+    __m256i sums_i16x16[TOKENS];
+    for (size_t t = 0; t < TOKENS; ++t) sums_i16x16[t] = _mm256_setzero_si256();
+    for (size_t block = 0; block < blocks; ++block) {
+        prefetch(packed);
+        Packed::digits(packed, [&](size_t column, __m256i codes_u8x32) {
+            for (size_t t = 0; t < TOKENS; ++t)
+                sums_i16x16[t] =
+                    add_pairs(sums_i16x16[t], codes_u8x32, load(q + t * q_stride + column));
+        });
+        packed += BLOCK_BYTES;
+        q += block_weights(Packed::PACKING);
+    }
+    int32_t sums_i32[TOKENS];
+    store_totals(sums_i16x16, sums_i32);
+    for (size_t t = 0; t < TOKENS; ++t)
+        acc[t * acc_stride] = (FIRST ? -q_sums[t] : acc[t * acc_stride]) + sums_i32[t];
+}
+
+// As many blocks at a time as int16 sums hold; the q of all TOKENS stays in the first cache while
+// rows pass by.
+template <class Packed, size_t TOKENS>
+void multiply_rows(const uint8_t* packed, size_t rows, size_t k, const int8_t* q,
+                   const int32_t* q_sums, int32_t* acc, size_t acc_stride) {
+    constexpr size_t AT_ONCE = MAX_PAIRS / (block_weights(Packed::PACKING) / WIDTH);
+    const size_t blocks = row_blocks(Packed::PACKING, k), stride = blocks * BLOCK_BYTES;
+    const auto some = [&]<bool FIRST>(size_t first) {
+        const size_t count = blocks - first < AT_ONCE ? blocks - first : AT_ONCE;
+        for (size_t r = 0; r < rows; ++r)
+            multiply_row<Packed, TOKENS, FIRST>(packed + r * stride + first * BLOCK_BYTES, count,
+                                                q + first * block_weights(Packed::PACKING),
+                                                padded_columns(k), q_sums, acc + r, acc_stride);
+    };
+    some.template operator()<true>(0);
+    for (size_t first = AT_ONCE; first < blocks; first += AT_ONCE)
+        some.template operator()<false>(first);
+}
+
+template <class Packed>
+void matmul(const uint8_t* packed, size_t rows, size_t k, const int8_t* q, const int32_t* q_sums,
+            size_t tokens, int32_t* acc, size_t acc_stride) {
+    constexpr decltype(&multiply_rows<Packed, 1>) of[] = {
+        multiply_rows<Packed, 1>, multiply_rows<Packed, 2>, multiply_rows<Packed, 3>,
+        multiply_rows<Packed, 4>, multiply_rows<Packed, 5>, multiply_rows<Packed, 6>,
+        multiply_rows<Packed, 7>, multiply_rows<Packed, 8>};
+    constexpr size_t TILE = sizeof of / sizeof of[0];
+    for (size_t t = 0; t < tokens; t += TILE) {
+        const size_t count = tokens - t < TILE ? tokens - t : TILE;
+        of[count - 1](packed, rows, k, q + t * padded_columns(k), q_sums + t, acc + t * acc_stride,
+                      acc_stride);
     }
 }
 
@@ -277,22 +350,24 @@ constexpr size_t MATMUL_COLUMNS = MAX_PAIRS * WIDTH;
 template <size_t ROWS, size_t TOKENS, bool FIRST>
 inline void matmul_tile(const uint8_t* codes, size_t codes_stride, size_t columns, const int8_t* q,
                         size_t q_stride, const int32_t* q_sums, int32_t* acc, size_t acc_stride) {
-    __m256i sums_i16x16[TOKENS][ROWS];
-    for (size_t t = 0; t < TOKENS; ++t)
-        for (size_t r = 0; r < ROWS; ++r) sums_i16x16[t][r] = _mm256_setzero_si256();
+    __m256i sums_i16x16[TOKENS * ROWS];
+    for (size_t i = 0; i < TOKENS * ROWS; ++i) sums_i16x16[i] = _mm256_setzero_si256();
     for (size_t i = 0; i < columns; i += WIDTH) {
         __m256i codes_u8x32[ROWS];
         for (size_t r = 0; r < ROWS; ++r) codes_u8x32[r] = load(codes + r * codes_stride + i);
         for (size_t t = 0; t < TOKENS; ++t) {
             const __m256i q_i8x32 = load(q + t * q_stride + i);
             for (size_t r = 0; r < ROWS; ++r)
-                sums_i16x16[t][r] = add_pairs(sums_i16x16[t][r], codes_u8x32[r], q_i8x32);
+                sums_i16x16[t * ROWS + r] =
+                    add_pairs(sums_i16x16[t * ROWS + r], codes_u8x32[r], q_i8x32);
         }
     }
+    int32_t sums_i32[TOKENS * ROWS];
+    store_totals(sums_i16x16, sums_i32);
     for (size_t t = 0; t < TOKENS; ++t) {
         int32_t* at = acc + t * acc_stride;
         for (size_t r = 0; r < ROWS; ++r)
-            at[r] = (FIRST ? -q_sums[t] : at[r]) + total(widen(sums_i16x16[t][r]));
+            at[r] = (FIRST ? -q_sums[t] : at[r]) + sums_i32[t * ROWS + r];
     }
 }
 
@@ -420,18 +495,9 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
 
 // A multiplication and an addition. To the compiler q changes each time, so that no product can be
 // left out.
-inline void settle(__m256i& value) {
-#if defined(__GNUC__)
-    __asm__("" : "+x"(value));
-#else
-    (void)value;
-#endif
-}
-
 inline void step(__m256i& sum_i16x16, __m256i codes_u8x32, __m256i& q_i8x32) {
     settle(q_i8x32);
-    sum_i16x16 = _mm256_add_epi16(sum_i16x16, _mm256_maddubs_epi16(codes_u8x32, q_i8x32));
-    settle(sum_i16x16);
+    sum_i16x16 = add_pairs(sum_i16x16, codes_u8x32, q_i8x32);
 }
 
 // Eight sums in registers; an array of them would lie in memory.
@@ -454,8 +520,14 @@ int64_t peak(size_t iterations) {
 }  // namespace
 
 const IntegerKernels avx2_integer_kernels = {
-    .packed = {{.matvec = matvec<TwoBit>, .unpack = unpack<TwoBit>},
-               {.matvec = matvec<Base3>, .unpack = unpack<Base3>}},
+    .packed = {{.matvec = matvec<TwoBit>,
+                .unpack = unpack<TwoBit>,
+                .matmul = matmul<TwoBit>,
+                .few_tokens = 16},
+               {.matvec = matvec<Base3>,
+                .unpack = unpack<Base3>,
+                .matmul = matmul<Base3>,
+                .few_tokens = 16}},
     .codes_matmul = codes_matmul,
     .screen_rows = screen_rows,
     .peak = peak,

@@ -69,6 +69,12 @@ struct PackedKernels {
     // codes[r * padded_columns(k) + i] = code + 1 of each row, 0 .. 2; behind the last block of the
     // packing it writes 1.
     void (*unpack)(const uint8_t* packed, size_t rows, size_t k, uint8_t* codes);
+
+    // acc[t * acc_stride + r], as matvec gives it, for the rows t of q, each of padded_columns(k)
+    // values. For 2 to `few_tokens` tokens; for more, unpacking rows once for all is faster.
+    void (*matmul)(const uint8_t* packed, size_t rows, size_t k, const int8_t* q,
+                   const int32_t* q_sums, size_t tokens, int32_t* acc, size_t acc_stride) = nullptr;
+    size_t few_tokens = 0;
 };
 
 // Everything that multiplies integers.
@@ -154,6 +160,8 @@ extern const IntegerKernels scalar_integer_kernels;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels avx2_kernels;
 extern const IntegerKernels avx2_integer_kernels;
+extern const Kernels avxvnni_kernels;
+extern const IntegerKernels avxvnni_integer_kernels;
 extern const Kernels avx512vnni_kernels;
 extern const IntegerKernels avx512vnni_integer_kernels;
 #elif defined(__aarch64__)

@@ -99,6 +99,12 @@ inline simde__m512i srai_epi32(simde__m512i values, unsigned count) {
     return lanes;
 }
 
+// Not inline: a tile of products would take minutes to compile.
+[[gnu::noinline]] inline simde__m512i dpbusd_epi32(simde__m512i sum, simde__m512i u8,
+                                                   simde__m512i i8) {
+    return simde_mm512_dpbusd_epi32(sum, u8, i8);
+}
+
 // Half to even; what int32 cannot hold becomes INT32_MIN.
 inline simde__m512i cvtps_epi32(simde__m512 values) {
     const F32x16 from(values);
@@ -138,6 +144,8 @@ using __mmask64 = uint64_t;
 #define _mm512_zextsi256_si512 bitllm::emulated::zextsi256_si512
 #define _mm512_cvtph_ps bitllm::emulated::cvtph_ps
 #define _mm512_cvtepu16_epi32 bitllm::emulated::cvtepu16_epi32
+#undef _mm512_dpbusd_epi32
+#define _mm512_dpbusd_epi32 bitllm::emulated::dpbusd_epi32
 #define _mm512_cvtepi8_epi32 bitllm::emulated::cvtepi8_epi32
 #define _mm512_srai_epi32 bitllm::emulated::srai_epi32
 #define _mm512_cvtps_epi32 bitllm::emulated::cvtps_epi32

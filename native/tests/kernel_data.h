@@ -9,6 +9,9 @@
 #include "../dispatch.h"
 
 namespace bitllm {
+#if defined(__x86_64__) || defined(_M_X64)
+extern const IntegerKernels emulated_avxvnni_integer_kernels;
+#endif
 #if defined(BITLLM_EMULATE_AVX512)
 extern const Kernels emulated_avx512vnni_kernels;
 #endif
@@ -25,6 +28,13 @@ struct Variant {
 inline std::vector<Variant> variants() {
     std::vector<Variant> all;
     for (const Kernels* set : available_kernels()) all.push_back({set->name, set});
+#if defined(__x86_64__) || defined(_M_X64)
+    if (const Kernels* avx2 = find_kernels("avx2")) {
+        static Kernels emulated = *avx2;
+        emulated.integer = &emulated_avxvnni_integer_kernels;
+        all.push_back({"avxvnni (emulated)", &emulated});
+    }
+#endif
 #if defined(BITLLM_EMULATE_AVX512)
     all.push_back({"avx512vnni (emulated)", &emulated_avx512vnni_kernels});
 #endif

@@ -23,6 +23,7 @@ TEST(each_set_is_found_by_its_name) {
 TEST(sets_need_all_their_features) {
     const CpuFeatures cpu = cpu_features();
     CHECK((find_kernels("avx2") != nullptr) == (cpu.avx2 && cpu.f16c));
+    CHECK((find_kernels("avxvnni") != nullptr) == (cpu.avx2 && cpu.f16c && cpu.avxvnni));
     const bool runs_avx512 = cpu.avx2 && cpu.f16c && cpu.avx512f && cpu.avx512bw && cpu.avx512dq &&
                              cpu.avx512vl && cpu.avx512vnni;
     CHECK((find_kernels("avx512vnni") != nullptr) == runs_avx512);
@@ -34,6 +35,7 @@ TEST(cpu_features_are_those_the_compiler_sees) {
     const CpuFeatures cpu = cpu_features();
     CHECK(cpu.avx2 == (__builtin_cpu_supports("avx2") != 0));
     CHECK(cpu.f16c == (__builtin_cpu_supports("f16c") != 0));
+    CHECK(cpu.avxvnni == (__builtin_cpu_supports("avxvnni") != 0));
     CHECK(cpu.avx512f == (__builtin_cpu_supports("avx512f") != 0));
     CHECK(cpu.avx512bw == (__builtin_cpu_supports("avx512bw") != 0));
     CHECK(cpu.avx512dq == (__builtin_cpu_supports("avx512dq") != 0));
@@ -41,6 +43,15 @@ TEST(cpu_features_are_those_the_compiler_sees) {
     CHECK(cpu.avx512vnni == (__builtin_cpu_supports("avx512vnni") != 0));
 }
 #endif
+#endif
+
+#if defined(BITLLM_NEON_EXTENSIONS)
+TEST(sets_need_their_extensions) {
+    const CpuFeatures cpu = cpu_features();
+    CHECK(find_kernels("neon-base") != nullptr);
+    CHECK((find_kernels("neon") != nullptr) == cpu.dotprod);
+    CHECK((find_kernels("neon-i8mm") != nullptr) == (cpu.dotprod && cpu.i8mm));
+}
 #endif
 
 TEST(every_kernel_of_every_set_is_there) {

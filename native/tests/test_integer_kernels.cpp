@@ -85,6 +85,29 @@ void check_matvec(const std::vector<int8_t>& codes, size_t rows, size_t k,
     }
 }
 
+// For the sets that multiply packed rows with some tokens.
+void check_packed_matmul(const std::vector<int8_t>& codes, size_t rows, size_t k,
+                         const std::vector<int8_t>& q, size_t tokens) {
+    const size_t acc_stride = rows + 3;
+    const std::vector<int32_t> sums = row_sums(q, tokens);
+    const std::vector<int32_t> expected =
+        guarded_rows(products(codes, rows, k, q, tokens), rows, acc_stride);
+    for (const Packing packing : PACKINGS) {
+        const std::vector<uint8_t> packed = shifted(pack_rows(codes, rows, k, packing));
+        on_each([&](const IntegerKernels& kernels, const std::string& label) {
+            const PackedKernels& own = kernels.packed[static_cast<size_t>(packing)];
+            CHECK_WITH((own.matmul != nullptr) == (own.few_tokens > 0), label);
+            if (!own.matmul) return;
+            std::vector<int32_t> acc = guarded<int32_t>(tokens * acc_stride);
+            own.matmul(packed.data() + 1, rows, k, q.data(), sums.data(), tokens, acc.data(),
+                       acc_stride);
+            CHECK_WITH(same_bits(acc, expected), label << " packing " << int(packing) << " rows "
+                                                       << rows << " k " << k << " tokens "
+                                                       << tokens);
+        });
+    }
+}
+
 // Codes of rows padded with zero weights, as code + 1.
 std::vector<uint8_t> unpacked(const std::vector<int8_t>& codes, size_t rows, size_t k,
                               size_t stride) {
@@ -235,6 +258,31 @@ TEST(matvec_does_not_overflow) {
                 std::vector<int8_t> q(padded_columns(k));
                 std::fill_n(q.begin(), k, static_cast<int8_t>(extreme));
                 check_matvec(codes, ROWS, k, q);
+            }
+        }
+    }
+}
+
+TEST(matmul_of_packed_rows_is_exact) {
+    Random random(36);
+    for (size_t tokens = 1; tokens <= 17; ++tokens)
+        for (const size_t k : {1, 257, 320, 2049})
+            check_packed_matmul(random.codes(3 * k), 3, k, random.activations(tokens, k), tokens);
+    for (const size_t k : lengths())
+        check_packed_matmul(random.codes(2 * k), 2, k, random.activations(5, k), 5);
+}
+
+TEST(matmul_of_packed_rows_does_not_overflow) {
+    constexpr size_t ROWS = 2, TOKENS = 9;
+    for (const size_t k : {size_t{1920}, size_t{2048}, LARGEST_K}) {
+        for (const int weight : {-1, 1}) {
+            for (const int extreme : {-128, 127}) {
+                std::vector<int8_t> q(TOKENS * padded_columns(k));
+                for (size_t t = 0; t < TOKENS; ++t)
+                    std::fill_n(q.begin() + static_cast<ptrdiff_t>(t * padded_columns(k)), k,
+                                static_cast<int8_t>(extreme));
+                check_packed_matmul(std::vector<int8_t>(ROWS * k, static_cast<int8_t>(weight)),
+                                    ROWS, k, q, TOKENS);
             }
         }
     }

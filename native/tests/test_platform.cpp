@@ -4,8 +4,10 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #if defined(__linux__)
 #include <fcntl.h>
@@ -66,6 +68,22 @@ TEST(memory_figures_make_sense) {
     CHECK(resident_bytes() > before + BYTES / 2);
     unmap_pages(pages, BYTES);
     CHECK(resident_bytes() < before + BYTES / 2);
+}
+
+TEST(free_memory_of_the_heap_goes_back) {
+    constexpr size_t PIECES = 40000, BYTES = 1000;
+    std::vector<std::unique_ptr<char[]>> pieces;
+    for (size_t i = 0; i < PIECES; ++i) {
+        pieces.push_back(std::make_unique<char[]>(BYTES));
+        std::memset(pieces.back().get(), 1, BYTES);
+    }
+    for (size_t i = 0; i + 1 < PIECES; ++i) pieces[i].reset();  // the last one is in the way
+    [[maybe_unused]] const size_t before = resident_bytes();
+    trim_heap();
+#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    CHECK(resident_bytes() + PIECES * BYTES / 2 < before);
+#endif
+    CHECK(pieces.back()[0] == 1);
 }
 
 TEST(float_control_is_the_default_inside_and_restored_after) {

@@ -121,6 +121,9 @@ def kernel_names() -> list[str]:
 def available_memory() -> int:
     """Bytes that can still be allocated; 0 = unknown."""
 
+def trim_heap() -> None:
+    """Give memory that the heap has free back to the system, where it can."""
+
 def resident_bytes() -> int:
     """Bytes of this process in RAM; 0 = unknown."""
 

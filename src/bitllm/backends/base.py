@@ -53,8 +53,8 @@ class LoadOptions:
         kv_dtype: storage of keys and values; both are rounded into the cache before attention
             reads them.
         threads: worker threads, None = one for each physical core the process may use.
-        isa: kernel set by name ("scalar", "avx2", "avx512vnni"), None = the best one this
-            machine runs.
+        isa: kernel set by name ("scalar", "avx2", "avxvnni", "avx512vnni", "neon-base", "neon",
+            "neon-i8mm"), None = the best one this machine runs.
         packing: how ternary weights are held: "2bit" a weight, "base3" (1.6 bits), or "auto" = what
             a table of measurements says for the kernel set, the threads and the model's size.
         head: how logits are computed: "full" reads the head as it is stored; "screened" finds by 4

@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 
 import bitllm
-from bitllm import ops
+from bitllm import ops, ternary
 from bitllm.backends.base import LoadOptions
-from bitllm.backends.cpu import quantized_operations
+from bitllm.backends.cpu import CpuBackend, quantized_operations
+from bitllm.bench.gate import CONTEXT, SEQUENCES, evidence, reference_evidence, require_equal
 from bitllm.bench.model import Workbench
 from bitllm.bench.random_model import SHAPES, write_checkpoint
 from bitllm.bench.timing import Spread, seconds
+from bitllm.errors import MeasurementError
+from bitllm.formats import open_checkpoint
 
 __all__ = ["LatencyRow", "OperationRow", "latencies", "operations"]
 
@@ -87,9 +90,20 @@ def operations(
 
 def _through_ops(isa: str, size: int) -> float:
     random = np.random.default_rng(size)
-    packed = ops.pack(random.integers(-1, 2, (size, size), np.int8))
+    codes = random.integers(-1, 2, (size, size), np.int8)
+    packed = ops.pack(codes)
     x = random.standard_normal(size, np.float32)
     scale = np.float32(0.5)
+    q, _ = ops.quantize_activations(x, isa=isa)
+    right = (q == ternary.quantize_activations(x)[0]).all()
+    if (
+        not right
+        or (ops.ternary_matmul(packed, q, isa=isa) != ternary.matmul_int32(codes, q)).any()
+    ):
+        raise MeasurementError(
+            f"kernels {isa}: an operation of {size} x {size} gives other numbers than NumPy",
+            hint="run bitllm doctor, and report its output",
+        )
     began, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - began < SECONDS:
         q, a = ops.quantize_activations(x, isa=isa)
@@ -117,9 +131,12 @@ def latencies(
 def _latency(
     name: str, path: Path, threads: int | None, isa: str | None, repeats: int
 ) -> LatencyRow:
-    options = LoadOptions(kv_tokens=2 * TOKENS, threads=threads, isa=isa)
+    kv_tokens = max(2 * TOKENS, SEQUENCES * CONTEXT)
+    options = LoadOptions(kv_tokens=kv_tokens, threads=threads, isa=isa)
+    wanted = reference_evidence(CpuBackend(), open_checkpoint(path), options)
     with Workbench(path, options, repeats=repeats) as bench:
         bench.load()
+        require_equal(evidence(bench.decoder), wanted, f"{MODELS[name]} parameters")
         native = bench.step_seconds(TOKENS)
         spec = bench.spec
     dense = sum(int(np.prod(shape)) for shape in spec.dense_shapes().values())

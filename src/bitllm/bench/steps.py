@@ -93,10 +93,9 @@ class Sequences:
         ]
         steps: list[list[Run]] = []
         for piece in pieces:
-            # Two pieces of one sequence in a step would be two runs that write the same blocks.
+            # Never two pieces of one sequence: all but its last fill a step.
             rows = sum(len(ids) for _, _, ids in steps[-1]) if steps else self.chunk
-            again = bool(steps) and steps[-1][-1][0] == piece[0]
-            if again or rows + len(piece[2]) > self.chunk:
+            if rows + len(piece[2]) > self.chunk:
                 steps.append([])
             steps[-1].append(piece)
         return steps

@@ -20,7 +20,7 @@ COMMANDS = {
     "run": "Continue a prompt and print the text.",
     "chat": "Talk with a model.",
     "info": "Show what a model is and what it needs, without loading it.",
-    "bench": "Measure how fast a model runs here, beside what this machine can do at most.",
+    "bench": "Measure the speed of a model beside what this machine can do.",
     "doctor": "Check this machine: kernels, speed, versions, demo model.",
 }
 """The verbs in the order of the help, with the first line of each verb's own help; verb `x` is the

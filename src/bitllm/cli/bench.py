@@ -1,4 +1,4 @@
-"""`bitllm bench`: how fast a model runs here, beside what this machine can do at most."""
+"""`bitllm bench`: the speed of a model beside what this machine can do."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 def bench(
     model: str | None, isa: str | None, plot: Path | None, as_json: bool, **options: Any
 ) -> None:
-    """Measure how fast a model runs here, beside what this machine can do at most.
+    """Measure the speed of a model beside what this machine can do.
 
     Before anything is timed, the model's output is compared, bit for bit, with that of the scalar
     kernels. Figures are medians; the spread is (max - min) / median. GB/s counts the weights, the

@@ -22,12 +22,22 @@ __all__ = [
 PACKAGES = ("numpy", "tokenizers", "safetensors", "huggingface_hub", "torch", "transformers")
 BANDWIDTH_BYTES = 1 << 28
 """Read to measure bandwidth: more than the last-level cache of most machines."""
-NEEDS = {
+_X86 = {
     "avx512vnni": ("avx2", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"),
+    "avxvnni": ("avx2", "f16c", "avxvnni"),
     "avx2": ("avx2", "f16c"),
+}
+_ARM: dict[str, tuple[str, ...]] = {
+    "neon-i8mm": ("dotprod", "i8mm"),
+    "neon": ("dotprod",),
+    "neon-base": (),
+}
+NEEDS: dict[str, tuple[str, ...]] = {
+    **(_ARM if platform.machine().lower() in ("aarch64", "arm64") else _X86),
     "scalar": (),
 }
-"""CPU features that each kernel set needs, best set first; the decision itself is native code's."""
+"""CPU features that each kernel set of this architecture needs, best set first; the decision itself
+is native code's."""
 HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 
@@ -70,7 +80,8 @@ def kernel_sets() -> list[dict[str, Any]]:
     for name, needs in NEEDS.items():
         if name not in runnable:
             missing = " ".join(need for need in needs if need not in features)
-            sets.append({"name": name, "runs": False, "reason": f"this CPU lacks {missing}"})
+            reason = f"this CPU lacks {missing}" if missing else "not in this build"
+            sets.append({"name": name, "runs": False, "reason": reason})
     return sets
 
 

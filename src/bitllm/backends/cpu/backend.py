@@ -59,6 +59,7 @@ class CpuBackend:
                 system refuses so many threads.
             InsufficientMemoryError: weights and KV cache do not fit into the free memory.
         """
+        _native.trim_heap()  # reading a tokenizer leaves as much again behind as it keeps
         spec = checkpoint.spec
         isa = _kernel_set(options.isa)
         threads = options.threads or _native.cpu_info()["physical_cores"]
