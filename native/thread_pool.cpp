@@ -17,6 +17,11 @@ constexpr int SPINS = 2000;
 
 thread_local bool inside_region = false;
 
+struct InsideRegion {
+    InsideRegion() { inside_region = true; }
+    ~InsideRegion() { inside_region = false; }
+};
+
 // Waits until `word` is no longer `old`.
 void wait_for_change(const std::atomic<uint32_t>& word, uint32_t old, int spins) {
     for (int i = 0; i < spins; ++i) {
@@ -45,20 +50,17 @@ struct ThreadPool::Crew {
     void run(Region called, void* with) {
         std::lock_guard queue(callers);
         FloatControlScope float_control;
+        const InsideRegion inside;
         if (workers == 1) {
-            inside_region = true;
             called(with, 0, 1);
-            inside_region = false;
             return;
         }
         region = called;
         context = with;
         epoch.fetch_add(1, std::memory_order_release);
         epoch.notify_all();
-        inside_region = true;
         called(with, 0, workers);
         meet();
-        inside_region = false;
     }
 
     // The barrier: the last to arrive opens it for all.

@@ -113,7 +113,12 @@ def test_a_damaged_file_is_told_and_not_used(text: str) -> None:
 
 
 def test_values_that_mean_nothing_are_damage() -> None:
-    for changes in ({"packing": "3bit"}, {"ternary_bytes": "many"}, {"tokens_per_s": {"2bit": ""}}):
+    for changes in (
+        {"packing": "3bit"},
+        {"ternary_bytes": "many"},
+        {"tokens_per_s": {"2bit": ""}},
+        {"tokens_per_s": []},
+    ):
         store_tuning(measured())
         document = json.loads(tuning_file().read_text())
         document["measured"][0] |= changes
@@ -121,6 +126,24 @@ def test_values_that_mean_nothing_are_damage() -> None:
         with pytest.warns(UserWarning, match="damaged"):
             assert read_tunings() == []
         tuning_file().unlink()
+
+
+def test_a_file_that_is_no_text_is_damage() -> None:
+    tuning_file().parent.mkdir()
+    tuning_file().write_bytes(b"\xff\xfe{")
+    with pytest.warns(UserWarning, match="damaged"):
+        assert read_tunings() == []
+
+
+def test_an_account_without_a_home_has_measured_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert read_tunings() == []
+    with pytest.raises(OSError, match="home directory"):
+        store_tuning(measured())
 
 
 def test_the_file_lies_in_the_users_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 #include <chrono>
 #include <ctime>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <thread>
 
@@ -115,6 +116,15 @@ TEST(regions_do_not_nest) {
     std::atomic<int> calls{0};
     other.parallel([&](int, int) { ++calls; });
     CHECK(calls == 2);
+}
+
+TEST(a_single_worker_may_throw_and_go_on) {
+    ThreadPool pool(1);
+    const auto fail = [](int, int) { throw std::bad_alloc(); };
+    CHECK(throws<std::bad_alloc>([&] { pool.parallel(fail); }));
+    int calls = 0;
+    pool.parallel([&](int, int) { ++calls; });
+    CHECK(calls == 1);
 }
 
 TEST(a_pool_needs_a_thread) {

@@ -191,6 +191,8 @@ def _load_linear(native: _native.Decoder, checkpoint: Checkpoint, index: int, na
     matrix = checkpoint.strided(full_name) or checkpoint.ternary(full_name)
     try:
         rows = _set_linear(native, checkpoint, matrix, index, name)
+    except QuantizationError:  # a ValueError too, and says all there is
+        raise
     except ValueError as error:
         if isinstance(matrix, StridedMatrix):
             checkpoint.ternary(full_name)  # the reader finds the place that is damaged

@@ -119,23 +119,32 @@ def _ratio(first: int, second: int) -> float:
 
 
 def tuning_file() -> Path:
-    """Return the file that measurements are kept in; it need not exist."""
+    """Return the file that measurements are kept in; it need not exist.
+
+    Raises:
+        OSError: the account has no home directory.
+    """
     cache = os.environ.get("XDG_CACHE_HOME")
     # A relative path there is to be ignored: XDG Base Directory Specification.
-    base = Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache"
-    return base / "bitllm" / "tuning.json"
+    if cache and Path(cache).is_absolute():
+        return Path(cache) / "bitllm" / "tuning.json"
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    return home / ".cache" / "bitllm" / "tuning.json"
 
 
 def read_tunings() -> list[Tuning]:
     """Return what was measured on this account, [] if nothing; a damaged file is warned about."""
-    path = tuning_file()
     try:
-        text = path.read_text(encoding="utf-8")
+        path = tuning_file()
+        content = path.read_bytes()
     except OSError:
         return []
     try:
-        return [_tuning(entry) for entry in json.loads(text)["measured"]]
-    except (ValueError, KeyError, TypeError) as error:
+        return [_tuning(entry) for entry in json.loads(content)["measured"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(f"{path} is damaged and not used ({error}); remove it", stacklevel=2)
         return []
 
