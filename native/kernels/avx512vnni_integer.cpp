@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../prefetch.h"
+
 // Only what follows is compiled for AVX-512; see avx2.cpp.
 #if !defined(BITLLM_EMULATE_AVX512)
 #if defined(__clang__)

@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../prefetch.h"
+
 // Only what follows is compiled for AVX-VNNI; see avx2.cpp.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,avxvnni"))), apply_to = function)

@@ -23,16 +23,6 @@ namespace {
 
 constexpr size_t ROWS_OF_TILE = 4;
 
-// With one token a product is bound by memory, and rows are too short for the hardware to foresee
-// four of them: the bytes are asked for so far ahead.
-constexpr uintptr_t PREFETCH_BYTES = 4096;
-
-inline void prefetch(const uint8_t* at) {
-    const uintptr_t ahead =
-        reinterpret_cast<uintptr_t>(at) + PREFETCH_BYTES;  // may lie behind the weights
-    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-}
-
 // sum plus the sums of groups of four products u * i. The assembly, which is empty, says that the
 // sum stays where it is: without it, GCC 12 copies it to and fro.
 template <class V>
@@ -73,6 +63,7 @@ struct TwoBit {
         const Integers bits01 = V::all_i8(3), bits23 = V::all_i8(12);
         Integers fourfold[ROWS];
         BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) sums[r] = fourfold[r] = V::all_i32(0);
+        const uintptr_t ahead = tiles_ahead(ROWS * stride);
         for (size_t block = 0; block < blocks; ++block, q += block_weights(PACKING)) {
             for (size_t part = 0; part < BLOCK_BYTES; part += V::BYTES) {
                 const Integers q0 = V::load(q + part), q1 = V::load(q + BLOCK_BYTES + part);
@@ -80,7 +71,8 @@ struct TwoBit {
                 const Integers q3 = V::load(q + 3 * BLOCK_BYTES + part);
                 BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
                     const uint8_t* at = packed + r * stride + block * BLOCK_BYTES + part;
-                    if (part == 0) prefetch(at);
+                    if (part == 0)
+                        prefetch(packed + (block * ROWS + r) * BLOCK_BYTES, ahead);
                     const Integers lower = V::load(at), upper = V::template words_right<4>(lower);
                     add_products<V>(sums[r], V::bits_of_both(lower, bits01), q0);
                     add_products<V>(fourfold[r], V::bits_of_both(lower, bits23), q1);
@@ -130,11 +122,13 @@ struct Base3 {
         using Integers = typename V::Integers;
         Integers next_sums[ROWS];
         BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) sums[r] = next_sums[r] = V::all_i32(0);
+        const uintptr_t ahead = tiles_ahead(ROWS * stride);
         for (size_t block = 0; block < blocks; ++block, q += block_weights(PACKING)) {
             for (size_t part = 0; part < BLOCK_BYTES; part += V::BYTES) {
                 BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
                     const uint8_t* at = packed + r * stride + block * BLOCK_BYTES + part;
-                    if (part == 0) prefetch(at);
+                    if (part == 0)
+                        prefetch(packed + (block * ROWS + r) * BLOCK_BYTES, ahead);
                     Integers v = V::load(at);
                     BITLLM_UNROLL for (size_t d = 0; d < DIGITS; ++d) {
                         const Integers q_i8 = V::load(q + d * BLOCK_BYTES + part);
@@ -308,7 +302,7 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
             for (size_t step = 0; step < STEPS; ++step) {
                 const uint8_t* at = screen + step * STEP_BYTES;
                 const size_t column = g * SCREEN_GROUP + 8 * step;
-                prefetch(at);
+                prefetch(at, PREFETCH_BYTES);
                 BITLLM_UNROLL for (size_t c = 0; c < REGISTERS; ++c) {
                     const typename V::Integers bytes = V::load(at + c * V::BYTES);
                     high_sums[c].add_step(bytes, high + column);
