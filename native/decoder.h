@@ -246,6 +246,9 @@ class Decoder {
         const void* values;
         const float* key_scales;
         const float* value_scales;
+        // What the kernels ask for meanwhile, as a distance in bytes; 0: nothing.
+        uintptr_t values_ahead;  // behind the keys
+        uintptr_t keys_ahead;    // those of the next block, behind the values
     };
     // An output request: its kind, its index among those of its kind, and where its logits are.
     struct Request {

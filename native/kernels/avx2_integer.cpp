@@ -464,7 +464,7 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
                 screen_steps(screen + part / 8 * SCREEN_STEP_BYTES, high + column, low + column,
                              high_i32x8, low_i32x8);
             }
-            for (size_t line = 0; line < SCREEN_GROUP_BYTES; line += 64) 
+            for (size_t line = 0; line < SCREEN_GROUP_BYTES; line += 64)
                 prefetch(screen + line, PREFETCH_BYTES);
             const __m256i offset_i32x8 = _mm256_set1_epi32(offsets[g]);
             const __m256 square_f32x8 = _mm256_set1_ps(squares[g]);

@@ -18,6 +18,8 @@
 #include <cstring>
 #include <limits>
 
+#include "../prefetch.h"
+
 // Only what follows is compiled for AVX-512; see avx2.cpp.
 #if !defined(BITLLM_EMULATE_AVX512)
 #if defined(__clang__)
@@ -242,13 +244,15 @@ void dense_matvec(const void* w, ValueType type, size_t rows, size_t n, const fl
 // and REGISTERS * 16 columns of b, or the first `count` < 16 of one register.
 template <class Stored, size_t QUERIES, size_t REGISTERS, bool PART = false>
 inline void product_tile(const float* a, size_t a_stride, size_t begin, size_t end, const char* b,
-                         size_t b_stride, __m512 (&sums)[QUERIES][REGISTERS], size_t count = 0) {
+                         size_t b_stride, uintptr_t ahead, __m512 (&sums)[QUERIES][REGISTERS],
+                         size_t count = 0) {
     for (size_t q = 0; q < QUERIES; ++q)
         for (size_t c = 0; c < REGISTERS; ++c) sums[q][c] = _mm512_setzero_ps();
     for (size_t t = begin; t < end; ++t) {
         __m512 b_f32x16[REGISTERS];
         for (size_t c = 0; c < REGISTERS; ++c) {
             const char* at = b + t * b_stride + c * LANES * Stored::BYTES;
+            if (ahead) prefetch<Cache::SECOND>(at, ahead);
             b_f32x16[c] = PART ? Stored::load_part(at, count) : Stored::load(at);
         }
         for (size_t q = 0; q < QUERIES; ++q) {
@@ -270,14 +274,14 @@ inline void in_tiles(size_t queries, Tile tile) {
 }
 
 void attention_scores(const float* q, size_t queries, const void* keys, ValueType type, size_t n,
-                      float scale, float* out) {
+                      float scale, uintptr_t ahead, float* out) {
     static_assert(KV_BLOCK_SIZE == 2 * LANES);
     const __m512 scale_f32x16 = _mm512_set1_ps(scale);
     with_stored(type, [&]<class Stored>() {
         in_tiles(queries, [&]<size_t QUERIES>(size_t first) {
             __m512 sums[QUERIES][2];
             product_tile<Stored>(q + first * n, n, 0, n, static_cast<const char*>(keys),
-                                 KV_BLOCK_SIZE * Stored::BYTES, sums);
+                                 KV_BLOCK_SIZE * Stored::BYTES, first ? 0 : ahead, sums);
             for (size_t i = 0; i < QUERIES; ++i)
                 for (size_t c = 0; c < 2; ++c)
                     _mm512_storeu_ps(out + (first + i) * KV_BLOCK_SIZE + c * LANES,
@@ -293,7 +297,7 @@ inline __m512 merge(__m512 old, float keep, __m512 sum, float join) {
 
 void weighted_values(const float* w, size_t queries, const void* values, ValueType type,
                      size_t begin, size_t end, size_t n, const float* keep, const float* join,
-                     float* out) {
+                     uintptr_t ahead, float* out) {
     with_stored(type, [&]<class Stored>() {
         in_tiles(queries, [&]<size_t QUERIES>(size_t first) {
             const float* weights = w + first * KV_BLOCK_SIZE;
@@ -301,7 +305,7 @@ void weighted_values(const float* w, size_t queries, const void* values, ValueTy
             const auto columns = [&]<size_t REGISTERS>(size_t d) {
                 __m512 sums[QUERIES][REGISTERS];
                 product_tile<Stored>(weights, KV_BLOCK_SIZE, begin, end, rows + d * Stored::BYTES,
-                                     n * Stored::BYTES, sums);
+                                     n * Stored::BYTES, first ? 0 : ahead, sums);
                 for (size_t i = 0; i < QUERIES; ++i) {
                     for (size_t c = 0; c < REGISTERS; ++c) {
                         float* at = out + (first + i) * n + d + c * LANES;
@@ -311,13 +315,15 @@ void weighted_values(const float* w, size_t queries, const void* values, ValueTy
                 }
             };
             size_t d = 0;
+            if constexpr (QUERIES <= 4)
+                for (; d + 4 * LANES <= n; d += 4 * LANES) columns.template operator()<4>(d);
             for (; d + 2 * LANES <= n; d += 2 * LANES) columns.template operator()<2>(d);
             for (; d + LANES <= n; d += LANES) columns.template operator()<1>(d);
             if (d == n) return;
             __m512 sums[QUERIES][1];
             product_tile<Stored, QUERIES, 1, true>(weights, KV_BLOCK_SIZE, begin, end,
                                                    rows + d * Stored::BYTES, n * Stored::BYTES,
-                                                   sums, n - d);
+                                                   first ? 0 : ahead, sums, n - d);
             for (size_t i = 0; i < QUERIES; ++i) {
                 float* at = out + (first + i) * n + d;
                 store_part(

@@ -71,8 +71,7 @@ struct TwoBit {
                 const Integers q3 = V::load(q + 3 * BLOCK_BYTES + part);
                 BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
                     const uint8_t* at = packed + r * stride + block * BLOCK_BYTES + part;
-                    if (part == 0)
-                        prefetch(packed + (block * ROWS + r) * BLOCK_BYTES, ahead);
+                    if (part == 0) prefetch(packed + (block * ROWS + r) * BLOCK_BYTES, ahead);
                     const Integers lower = V::load(at), upper = V::template words_right<4>(lower);
                     add_products<V>(sums[r], V::bits_of_both(lower, bits01), q0);
                     add_products<V>(fourfold[r], V::bits_of_both(lower, bits23), q1);
@@ -127,8 +126,7 @@ struct Base3 {
             for (size_t part = 0; part < BLOCK_BYTES; part += V::BYTES) {
                 BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
                     const uint8_t* at = packed + r * stride + block * BLOCK_BYTES + part;
-                    if (part == 0)
-                        prefetch(packed + (block * ROWS + r) * BLOCK_BYTES, ahead);
+                    if (part == 0) prefetch(packed + (block * ROWS + r) * BLOCK_BYTES, ahead);
                     Integers v = V::load(at);
                     BITLLM_UNROLL for (size_t d = 0; d < DIGITS; ++d) {
                         const Integers q_i8 = V::load(q + d * BLOCK_BYTES + part);
