@@ -108,7 +108,7 @@ def add_llama_cpp(found: Field, python: str, arguments: argparse.Namespace, work
         name = f"llama.cpp {ternary}, {arguments.head} head"
         note(f"GGUF file for {name} ...")
         try:
-            path = ensure_gguf(python, arguments.model, arguments.gguf_dir, ternary, arguments.head)
+            path = ensure_gguf(arguments.model, arguments.gguf_dir, ternary, arguments.head)
         except PeerError as error:
             found.failed[name] = str(error)
         else:
