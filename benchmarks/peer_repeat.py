@@ -4,8 +4,9 @@
 
 peers.py starts it again for each repeat, with the interpreter of the peer, so that memory and
 thread pools of two engines never mix. Each engine does the same work: fill the context with a
-prompt, then draw tokens greedily, one at a time. The warm-up is a prompt of the measured length and
-two tokens. The only line of stdout is JSON: tokens a second for each kind of work.
+prompt, then draw tokens greedily, one at a time. The warm-up is a prompt and a decode run of the
+measured lengths: pages of a mapped model come in while they are first used. The only line of stdout
+is JSON: tokens a second for each kind of work.
 """
 
 from __future__ import annotations
@@ -261,7 +262,7 @@ def prompt(tokens: int) -> list[int]:
 def measure(engine: Engine, work: Work) -> dict[str, float]:
     """Return tokens a second for each kind of work."""
     engine.prefill(prompt(work.prefill))
-    engine.decode(work.prefill, 2)
+    engine.decode(work.prefill, work.steps)
     began = time.perf_counter()
     engine.prefill(prompt(work.prefill))
     speeds = {prefill_name(work.prefill): work.prefill / (time.perf_counter() - began)}

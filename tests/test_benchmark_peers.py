@@ -177,7 +177,7 @@ def test_a_repeat_warms_up_and_begins_each_run_at_its_depth() -> None:
     engine = Recorder()
     names = {"prefill 32", "decode at 0", "decode at 48", "decode of 2"}
     assert set(measure(engine, WORK)) == names
-    assert engine.calls == [(32,), (32, 2), (32,), (0,), (0, 4), (48,), (48, 4), (-2, 2), (-2, 4)]
+    assert engine.calls == [(32,), (32, 4), (32,), (0,), (0, 4), (48,), (48, 4), (-2, 2), (-2, 4)]
     assert WORK.context == 2 * (4 + 32)
     alone = Recorder()
     assert set(measure(alone, replace(WORK, sequences=0))) == names - {"decode of 2"}
