@@ -279,18 +279,20 @@ void bind_decoder(nb::module_& module) {
             "set_linear",
             [](BoundDecoder& self, size_t layer, const std::string& name,
                const Matrix<const uint8_t>& stored, const std::string& layout, size_t out_features,
-               size_t in_features, const F32& scales, size_t group) {
+               size_t in_features, const F32& scales, size_t group, const std::string& input) {
                 const LinearName which = linear_name(name);
+                const auto type = enumerator<InputType>(input, {"int8", "float"}, "input");
                 const StoredCodes codes{stored.data(), layout_named(layout), out_features,
                                         in_features};
                 require(stored.shape(0) == codes.rows() && stored.shape(1) == codes.row_bytes(),
                         "stored rows do not have the shape of their layout");
                 const nb::gil_scoped_release released;
-                return self.core().set_linear(layer, which, codes, span_of(scales), group);
+                return self.core().set_linear(layer, which, codes, span_of(scales), group, type);
             },
             "layer"_a, "name"_a, "stored"_a.noconvert(), "layout"_a, "out_features"_a,
-            "in_features"_a, "scales"_a.noconvert(), "group"_a,
-            "Pack a matrix for the kernels; returns how many rows are not all zero.")
+            "in_features"_a, "scales"_a.noconvert(), "group"_a, "input"_a = "int8",
+            "Pack a matrix for the kernels; returns how many rows are not all zero. Its inputs are "
+            "rounded to int8, or stay float.")
         .def(
             "set_linear_norm",
             [](BoundDecoder& self, size_t layer, const std::string& name, const F32& gain,

@@ -104,7 +104,7 @@ void Decoder::set_vector(size_t layer, VectorName name, std::span<const float> v
 }
 
 size_t Decoder::set_linear(size_t layer, LinearName name, const StoredCodes& codes,
-                           std::span<const float> scales, size_t group) {
+                           std::span<const float> scales, size_t group, InputType input) {
     Linear& linear = linear_at(layer, name);
     const size_t out = codes.out, in = codes.in;
     demand(out > 0 && in > 0 && in <= LARGEST_INPUT,
@@ -115,6 +115,7 @@ size_t Decoder::set_linear(size_t layer, LinearName name, const StoredCodes& cod
            "a ternary matrix needs one scale, one a row, or one for each group of columns");
     linear.out = out;
     linear.in = in;
+    linear.input = input;
     linear.packing = runtime_.packing;
     linear.scales.assign(scales.begin(), scales.end());
     linear.group = group;

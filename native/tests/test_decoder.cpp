@@ -89,7 +89,7 @@ struct Model {
     std::unique_ptr<Decoder> decoder;
 
     Model(const Kernels& kernels, int threads, ValueType kv_type = ValueType::BF16,
-          HeadKind head = HeadKind::FULL) {
+          HeadKind head = HeadKind::FULL, InputType input = InputType::INT8) {
         Random random(11);
         decoder = std::make_unique<Decoder>(kernels, ModelConfig{VOCAB, HIDDEN, 1e-5f, 1.5f},
                                             RuntimeConfig{BLOCKS, kv_type, threads, MAX_TOKENS});
@@ -120,9 +120,11 @@ struct Model {
                 const auto codes = random.codes(out * in);
                 std::vector<uint8_t> packed(out * canonical_row_bytes(in));
                 bitllm::pack_rows(codes.data(), out, in, packed.data());
-                const std::vector<float> scales(layer ? out : 1, 0.06f);
+                const size_t group = layer && input == InputType::FLOAT ? 96 : 0;
+                const size_t groups = group ? (in + group - 1) / group : 1;
+                const std::vector<float> scales(layer ? out * groups : 1, 0.06f);
                 decoder->set_linear(layer, name, {packed.data(), Layout::CANONICAL, out, in},
-                                    scales);
+                                    scales, group, input);
                 decoder->set_linear_bias(layer, name, gains(out));
                 if (i % 2 == layer) decoder->set_linear_norm(layer, name, gains(in), 1e-6f);
             }
@@ -292,6 +294,10 @@ TEST(a_step_allocates_nothing) {
             CHECK_WITH(head == HeadKind::INT8 || sampled == tokens, threads << " threads");
         }
     }
+    const Model floats(best_kernels(), 2, ValueType::BF16, HeadKind::FULL, InputType::FLOAT);
+    floats.decoder->forward(one.input, output);
+    for (const Step* step : {&prefill, &one})
+        CHECK(allocations_during([&] { floats.decoder->forward(step->input, output); }) == 0);
 }
 
 TEST(kernels_threads_and_pieces_change_no_bit) {
@@ -308,6 +314,26 @@ TEST(kernels_threads_and_pieces_change_no_bit) {
                 CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {1, 2, 34, 64, 89})),
                            label << " " << threads << " in pieces");
             }
+        }
+    }
+}
+
+TEST(kernels_threads_and_pieces_change_no_bit_of_inputs_that_are_not_quantised) {
+    const auto ids = prompt(90);
+    const auto model_of = [](const Kernels& kernels, int threads) {
+        return Model(kernels, threads, ValueType::BF16, HeadKind::FULL, InputType::FLOAT);
+    };
+    const auto expected = logits_of(*model_of(scalar_kernels, 1).decoder, ids, {});
+    for (const float logit : expected) CHECK(std::isfinite(logit));
+    const Model rounded(scalar_kernels, 1);
+    CHECK(!same_bits(expected, logits_of(*rounded.decoder, ids, {})));
+    for (const auto& [label, kernels] : sets_to_try()) {
+        for (const int threads : {1, 2, 3}) {
+            const Model model = model_of(*kernels, threads);
+            CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {})),
+                       label << " " << threads);
+            CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {1, 2, 34, 64, 89})),
+                       label << " " << threads << " in pieces");
         }
     }
 }

@@ -29,8 +29,10 @@ class Decoder:
     def set_vector(self, layer: int, name: str, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
         """Copy a norm of a layer, by its canonical name."""
 
-    def set_linear(self, layer: int, name: str, stored: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], layout: str, out_features: int, in_features: int, scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int) -> int:
-        """Pack a matrix for the kernels; returns how many rows are not all zero."""
+    def set_linear(self, layer: int, name: str, stored: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], layout: str, out_features: int, in_features: int, scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int, input: str = 'int8') -> int:
+        """
+        Pack a matrix for the kernels; returns how many rows are not all zero. Its inputs are rounded to int8, or stay float.
+        """
 
     def set_linear_norm(self, layer: int, name: str, gain: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], eps: float) -> None: ...
 
