@@ -84,6 +84,11 @@ class TestTernaryValues:
         weights[-1, -1] = 0.5
         assert read_ternary_values(DenseTensor(weights, "f32"), shards) is None
 
+    def test_groups_of_a_size_that_nobody_uses(self) -> None:
+        """8 columns are what the sizes that are tried have in common, and no size themselves."""
+        weights = np.repeat(np.linspace(1, 2, 12, dtype=np.float32), 8)[None, :]
+        assert read_ternary_values(DenseTensor(weights, "f32"), shards=4) is None
+
     def test_zeros_take_the_scale_of_their_row_or_of_the_matrix(self) -> None:
         weights = np.full((3, 64), 0.5, np.float32)
         weights[0, 32:], weights[1] = 0.25, 0
