@@ -18,7 +18,10 @@ from safetensors.numpy import save_file
 from batches import logits_of
 from bitllm.backends import get_backend
 from bitllm.backends.base import LoadOptions
+from bitllm.backends.sizes import ternary_bytes
 from bitllm.checkpoint import LINEAR_NAMES, Checkpoint, TernaryMatrix
+from bitllm.config import EngineOptions
+from bitllm.engine.memory_plan import plan_memory
 from bitllm.errors import (
     CheckpointError,
     FormatError,
@@ -28,6 +31,7 @@ from bitllm.errors import (
     UnsupportedModelError,
 )
 from bitllm.formats import open_checkpoint
+from bitllm.formats.mlx import AffineTensors
 from bitllm.ternary import pack
 from synthetic import MemorySource, dense_tensor
 
@@ -183,6 +187,23 @@ def test_an_embedding_is_dequantised_once_for_all_who_hold_it(tmp_path: Path) ->
     del embed
     assert kept() is None  # nobody holds it any more
     assert checkpoint.dense("embed").shape == (VOCAB, HIDDEN)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_memory_plan_counts_the_dequantised_embedding_without_making_it(
+    tmp_path: Path, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(dtype=dtype)
+    checkpoint = model.open(tmp_path)
+    size = checkpoint.dense_size("embed")
+    embed = checkpoint.dense("embed")
+    assert (size.nbytes, size.itemsize) == (embed.nbytes, embed.data.itemsize)
+    assert not size.mapped
+    assert checkpoint.dense_size("final_norm").mapped
+    monkeypatch.setattr(AffineTensors, "dequantize", None)
+    for head in ("full", "screened"):
+        plan = plan_memory(checkpoint, EngineOptions(device="cpu", head=head, context=32))
+        assert plan.weights >= embed.nbytes + ternary_bytes(checkpoint.spec, "2bit")
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

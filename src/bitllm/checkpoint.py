@@ -40,6 +40,7 @@ __all__ = [
     "LINEAR_NAMES",
     "Activation",
     "Checkpoint",
+    "DenseSize",
     "DenseTensor",
     "LayerSpec",
     "LinearSpec",
@@ -86,6 +87,18 @@ class DenseTensor:
             widened = self.data.astype(np.uint32) << np.uint32(16)
             return widened.view(np.float32)
         return np.asarray(self.data, dtype=np.float32, order="C")
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSize:
+    """How large a dense tensor is: bytes of its values, and of one of them.
+
+    `mapped` is whether it is a view of a mapped file, whose memory the system may take back.
+    """
+
+    nbytes: int
+    itemsize: int
+    mapped: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,6 +473,10 @@ class MappedSource(ABC):
     def strided(self, name: str) -> StridedMatrix | None:
         """Return a view of the matrix called `name` if it is stored so, else None."""
 
+    def dense_size(self, name: str) -> DenseSize | None:
+        """Return how large a dense tensor will be that is not a view of the file, else None."""
+        return None
+
     @abstractmethod
     def release(self) -> None:
         """Drop from memory what was read of the files; it is read again where it is used again."""
@@ -485,6 +502,19 @@ class Checkpoint:
             raise self._missing(name)
         self._check_shape(name, tensor.shape, self.spec.dense_shape(name))
         return tensor
+
+    def dense_size(self, name: str) -> DenseSize:
+        """Return how large the dense tensor called `name` is, without reading its values.
+
+        Raises:
+            MissingTensorError, TensorShapeError: as `dense`.
+        """
+        source = self.source
+        size = source.dense_size(name) if isinstance(source, MappedSource) else None
+        if size is not None:
+            return size
+        tensor = self.dense(name)
+        return DenseSize(tensor.nbytes, tensor.data.itemsize)
 
     def ternary(self, name: str) -> TernaryMatrix:
         """Read the ternary matrix called `name` into the canonical packing.

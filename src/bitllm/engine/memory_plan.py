@@ -189,20 +189,22 @@ def _weight_bytes(checkpoint: Checkpoint, device: str, options: EngineOptions) -
     """Return the bytes of all tensors as `device` holds them; dense tensors as stored.
 
     The CPU backend leaves embedding and head in the mapped file. They count where each token reads
-    the whole head; not where a rounded copy of it says which rows are to be read. Scales are one
-    number a matrix or a row, against thousands of weights, and not counted.
+    the whole head; not where a rounded copy of it says which rows are to be read, unless they had
+    to be dequantised, so that no file holds them. Scales are one number a matrix or a row, against
+    thousands of weights, and not counted.
     """
     spec = checkpoint.spec
-    dense = {name: checkpoint.dense(name) for name in spec.dense_shapes()}
-    stored = sum(tensor.nbytes for tensor in dense.values())
+    dense = {name: checkpoint.dense_size(name) for name in spec.dense_shapes()}
+    stored = sum(size.nbytes for size in dense.values())
     if device == "reference":
         return stored + REFERENCE_CODE_BITS * ternary_bytes(spec, "2bit") // 2
     # What "auto" means is known when the model is loaded: the larger packing is planned for.
     packed = ternary_bytes(spec, "2bit" if options.packing == "auto" else options.packing)
     head = dense["embed" if spec.tied_head else "head"]
-    rounded = rounded_head_bytes(spec, options.head, head.data.itemsize)
+    rounded = rounded_head_bytes(spec, options.head, head.itemsize)
     if rounded:
-        stored -= sum(dense[name].nbytes for name in ("embed", "head") if name in dense)
+        matrices = (dense[name] for name in ("embed", "head") if name in dense)
+        stored -= sum(size.nbytes for size in matrices if size.mapped)
     return stored + packed + rounded
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from bitllm.checkpoint import (
     Checkpoint,
+    DenseSize,
     DenseTensor,
     LinearSpec,
     MappedSource,
@@ -165,6 +166,11 @@ class _HuggingFaceSource(MappedSource):
             scale, _ = self._stored_scale(projection, np.float32(1))
         self._warn_of_scale(stored, float(scale))
         return StridedMatrix(data, self._linears[name].out_features, scale)
+
+    def dense_size(self, name: str) -> DenseSize | None:
+        """Return how large a matrix that MLX quantised will be; None for all other tensors."""
+        affine = self._affine.get(name)
+        return None if affine is None else affine.dequantized_size()
 
     def release(self) -> None:
         """Drop from memory what was read of the files."""

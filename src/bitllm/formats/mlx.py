@@ -10,6 +10,7 @@ extremes, and half of the negative weights' size is lost. Only matrices packed b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitllm.checkpoint import DenseTensor
+from bitllm.checkpoint import DenseSize, DenseTensor
 from bitllm.errors import FormatError, NotTernaryError, TensorShapeError, UnsupportedModelError
 from bitllm.formats.config_fields import ConfigFields
 from bitllm.formats.repack import PackedWeights, coarsest_scales, refuse_code_three, row_bands
@@ -130,6 +131,14 @@ class AffineTensors:
             floats = (step[band, :, None] * q + low[band, :, None]).reshape(-1, columns)
             values[band] = floats.view(np.uint32) >> 16 if dtype == "bf16" else floats
         return DenseTensor(values, dtype)
+
+    def dequantized_size(self) -> DenseSize:
+        """Return how large `dequantize` makes it, taking 2 bits to be ternary."""
+        entry = self.weight.entry(f"{self.module}.weight")
+        count = math.prod(entry.shape) * _WORD_BITS // self.layout.bits
+        two_bits = self.layout.bits == _TERNARY_BITS
+        itemsize = self._dense("scales").data.itemsize if two_bits else 4
+        return DenseSize(count * itemsize, itemsize, mapped=False)
 
     def _dense(self, part: str) -> DenseTensor:
         file: WeightFile = getattr(self, part)
