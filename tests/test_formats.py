@@ -492,7 +492,7 @@ class TestConfig:
             ({"architectures": ["MambaForCausalLM"]}, UnsupportedModelError, "recurrent"),
             ({"architectures": None, "model_type": "t5"}, UnsupportedModelError, "'t5'"),
             ({"hidden_act": "gelu"}, UnsupportedModelError, "'gelu'"),
-            ({"rope_scaling": {"type": "yarn"}}, UnsupportedModelError, "'yarn'"),
+            ({"rope_scaling": {"type": "longrope"}}, UnsupportedModelError, "'longrope'"),
             ({"hidden_size": None}, FormatError, "hidden_size is missing"),
             ({"hidden_size": "12"}, FormatError, "hidden_size"),
             ({"hidden_size": 0}, FormatError, "hidden_size"),

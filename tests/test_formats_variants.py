@@ -337,6 +337,27 @@ class TestRefusals:
             model.open(tmp_path)
 
     @pytest.mark.parametrize(
+        ("yarn", "error", "named"),
+        [
+            ({"mscale": 1.0, "mscale_all_dim": 1.0}, UnsupportedModelError, "mscale"),
+            ({"truncate": False}, UnsupportedModelError, "truncate"),
+            ({"partial_rotary_factor": 0.5}, UnsupportedModelError, "partial_rotary_factor"),
+            ({"beta_fast": 1.0}, FormatError, "beta_slow"),
+            ({"rope_theta": 1.0}, FormatError, "base above 1"),
+            ({"original_max_position_embeddings": 0}, FormatError, "original_max"),
+            ({"attention_factor": "x"}, FormatError, "attention_factor"),
+        ],
+    )
+    def test_yarn(
+        self, tmp_path: Path, yarn: dict[str, Any], error: type[CheckpointError], named: str
+    ) -> None:
+        scaling = {"type": "yarn", "factor": 4.0, "rope_theta": 1e4, **yarn}
+        model = make_model("LlamaForCausalLM", rope_scaling=scaling)
+        with pytest.raises(error, match=named) as caught:
+            model.open(tmp_path)
+        assert "config.json" in caught.value.message
+
+    @pytest.mark.parametrize(
         ("key", "value"),
         [
             ("attn_logit_softcapping", 50.0),

@@ -50,12 +50,19 @@ class Case:
 
 
 TRILM = {"pretraining_model_parallel": SHARDS, "dims_per_head": 16, "rotary_pct": 1.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 CASES = {
     "falcon-e bfloat16": Case("Llama", "matrix", dtype=torch.bfloat16),
     "trilm": Case("Llama", "shards", published=TRILM, dtype=torch.float16),
     "trilm of one shard": Case("Llama", "matrix", published={"pretraining_model_parallel": 1}),
     "rows": Case("Llama", "row"),
     "bonsai unpacked": Case("Qwen3", "group", {"head_dim": 32}, dtype=torch.float16),
+    "bonsai unpacked, yarn": Case("Qwen3", "group", {"head_dim": 32, "rope_parameters": YARN}),
     "gemma": Case("Gemma3", "group", {"head_dim": 32, "sliding_window": 8}),
     "qwen2 with biases": Case("Qwen2", "matrix"),
     "pytorch_model.bin": Case(
@@ -147,6 +154,41 @@ def test_activations_are_not_quantised(written: Written) -> None:
     assert {linear.activation_bits for _, linear in written.checkpoint.spec.linear_names()} == {
         None
     }
+
+
+def test_rope_frequencies(written: Written) -> None:
+    tables = dict(written.model.model.rotary_emb.named_buffers())
+    for layer in written.checkpoint.spec.layers:
+        kind = "sliding" if layer.sliding_window else "full"
+        theirs = tables.get("inv_freq", tables.get(f"{kind}_attention_inv_freq"))
+        assert np.allclose(layer.rope.inverse_frequencies(), theirs.numpy(), rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    "yarn",
+    [
+        {"original_max_position_embeddings": 32_768, "factor": 2.0},
+        {"original_max_position_embeddings": 4096, "beta_fast": 8.0, "beta_slow": 2.0},
+        {"original_max_position_embeddings": 4096, "attention_factor": 1.5},
+        {"original_max_position_embeddings": 4},
+        {"rope_theta": 1.5},
+    ],
+)
+def test_yarn(tmp_path: Path, yarn: dict[str, Any]) -> None:
+    """Frequencies and score factor of transformers, for contexts of a usual size."""
+    sizes = SIZES | {"head_dim": 128, "max_position_embeddings": 65_536}
+    config = transformers.Qwen3Config(**sizes, rope_parameters=YARN | yarn)
+    model = transformers.Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter.copy_(ternary(CASES["rows"], name, tuple(parameter.shape)))
+    model.save_pretrained(tmp_path)
+    layer = open_checkpoint(tmp_path).spec.layers[0]
+    rotary = model.model.rotary_emb
+    theirs = rotary.inv_freq.numpy()
+    assert np.allclose(layer.rope.inverse_frequencies(), theirs, rtol=1e-6, atol=0)
+    assert layer.query_scale == pytest.approx(rotary.attention_scaling**2 / 128**0.5)
 
 
 def test_logits(written: Written) -> None:
