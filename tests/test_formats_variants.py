@@ -98,8 +98,11 @@ class TestTernaryValues:
         assert found.group_size == 32
         assert found.scales.tolist() == [[0.5, 0.25], [0.5, 0.5], [0.5, 0.5]]
 
-    def test_nothing_but_zeros_says_nothing(self) -> None:
-        assert read_ternary_values(DenseTensor(np.zeros((4, 64), np.float32), "f32")) is None
+    def test_nothing_but_zeros(self) -> None:
+        found = read_ternary_values(DenseTensor(np.zeros((4, 64), np.float32), "f32"))
+        assert found is not None
+        assert found.scales == 1
+        assert not unpack(found.packed, 64).any()
 
     def test_matrices_of_many_bands(self) -> None:
         rng = np.random.default_rng(0)
@@ -132,6 +135,26 @@ class TestQuantization:
         model = values(make_model("LlamaForCausalLM"))
         model.tensors[GATE] = np.random.default_rng(0).standard_normal((FFN, HIDDEN))
         model.tensors[GATE] = model.tensors[GATE].astype(np.float16)
+        with pytest.raises(NotTernaryError, match="gate_proj"):
+            model.open(tmp_path).ternary("layers.0.gate")
+
+    def test_a_projection_of_zeros_is_reported(self, tmp_path: Path) -> None:
+        model = values(make_model("LlamaForCausalLM"))
+        model.tensors[GATE] = np.zeros((FFN, HIDDEN), np.float16)
+        with pytest.warns(UserWarning, match="every weight of .*gate_proj"):
+            assert not model.open(tmp_path).ternary("layers.0.gate").codes().any()
+
+    def test_zeros_do_not_make_a_dense_model_ternary(self, tmp_path: Path) -> None:
+        model = make_model("LlamaForCausalLM", masters=True)
+        del model.config["quantization_config"]
+        model.tensors[GATE] = np.zeros((FFN, HIDDEN), np.float32)
+        with pytest.raises(NotTernaryError, match="not a ternary network"):
+            model.open(tmp_path)
+
+    def test_a_scale_beside_weights_of_several_sizes(self, tmp_path: Path) -> None:
+        model = make_model()
+        rows = np.linspace(1, 2, FFN, dtype=np.float32)[:, None]
+        model.tensors[GATE] = model.codes["gate"] * rows
         with pytest.raises(NotTernaryError, match="gate_proj"):
             model.open(tmp_path).ternary("layers.0.gate")
 

@@ -178,16 +178,17 @@ class _HuggingFaceSource(MappedSource):
             file.release()
 
     def shows_ternary_values(self) -> bool:
-        """Whether the smallest projection of the first layer holds ternary values."""
-        names = [name for name in self._projections if name.startswith("layers.0.")]
-        name = min(names, key=lambda name: math.prod(self._shape(name)))
-        stored = f"{self._projections[name].module}.weight"
-        with self._naming(stored):
-            return read_ternary_values(self._files[stored].dense(stored)) is not None
+        """Whether a projection of the first layer holds ternary values, and not only zeros."""
+        return any(
+            self._holds_ternary_values(f"{projection.module}.weight")
+            for name, projection in self._projections.items()
+            if name.startswith("layers.0.")
+        )
 
-    def _shape(self, name: str) -> tuple[int, int]:
-        linear = self._linears[name]
-        return linear.out_features, linear.in_features
+    def _holds_ternary_values(self, stored: str) -> bool:
+        with self._naming(stored):
+            found = read_ternary_values(self._files[stored].dense(stored))
+        return found is not None and bool((found.packed != _ZERO_WEIGHTS).any())
 
     def _warn_of_scale(self, stored: str, scale: float) -> None:
         """Say once that scales look as if they were meant to divide, or the other way round."""
@@ -360,12 +361,8 @@ class _HuggingFaceSource(MappedSource):
         weights = file.dense(stored)
         if projection.storage == "masters":
             return _matrix(read_one_size(weights) or quantize_masters(weights), linear)
-        found = (
-            read_one_size(weights)
-            if projection.has_scale
-            else read_ternary_values(weights, self._quantization.shards)
-        )
-        if found is None:
+        found = read_ternary_values(weights, self._quantization.shards)
+        if found is None or (projection.has_scale and found.scales.ndim):
             raise NotTernaryError(
                 "the weights are not ternary, although config.json says that they were quantised",
                 hint='for master weights, set "quantization_mode": "online" in config.json',
