@@ -240,7 +240,42 @@ def gemma() -> Model:
     return model
 
 
+def test_rope_of_kinds_of_layers_in_any_architecture() -> None:
+    kinds = {"full_attention": {"rope_type": "default", "rope_theta": 77.0}}
+    model = make_model("LlamaForCausalLM", rope_parameters=kinds)
+    path = Path("config.json")
+    quantization = read_quantization(path, model.config)
+    spec = read_model_spec(path, model.config, quantization, model.tensors)
+    assert spec.layers[0].rope.theta == 77.0
+
+
+@pytest.mark.parametrize("section", [None, MULTIPLY, BITNET])
+def test_packed_matrices_that_mlx_left_as_they_were(
+    tmp_path: Path, section: dict[str, Any] | None
+) -> None:
+    model = make_model("LlamaForCausalLM", quantization=section)
+    model.config["quantization"] = {"bits": 4, "group_size": 64}
+    model.config["quantization_config"] = section or model.config["quantization"]
+    if section is None:
+        with pytest.raises(UnsupportedModelError, match="multiplies or divides"):
+            model.open(tmp_path)
+        return
+    checkpoint = model.open(tmp_path)
+    matrix = checkpoint.ternary("layers.0.gate")
+    assert matrix.source_convention == ("multiply" if section is MULTIPLY else "divide")
+    assert checkpoint.spec.layers[0].gate.activation_bits == 8
+
+
 class TestPooling:
+    def test_an_embedding_model_needs_no_head(self, tmp_path: Path) -> None:
+        model = gemma()
+        model.config["tie_word_embeddings"] = False
+        assert model.open(tmp_path).spec.tied_head
+        self.write(tmp_path, {"pooling_mode_lasttoken": True})
+        model = make_model("LlamaForCausalLM", tie_word_embeddings=False)
+        del model.tensors["lm_head.weight"]
+        assert model.open(tmp_path).spec.tied_head
+
     def write(self, directory: Path, fields: dict[str, Any]) -> None:
         (directory / "1_Pooling").mkdir()
         (directory / "1_Pooling/config.json").write_text(json.dumps(fields))

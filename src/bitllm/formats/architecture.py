@@ -327,13 +327,12 @@ def _rope_section(
     section = config.section("rope_parameters") or config.section("rope_scaling")
     section = section or ConfigFields(config.path, {})
     theta = config.positive("rope_theta", architecture.rope_theta)
-    if architecture.local_theta is not None:
-        kind = "sliding_attention" if local else "full_attention"
-        by_kind = any(key in section.fields for key in ("sliding_attention", "full_attention"))
-        if by_kind or local:
-            section = section.section(kind) or ConfigFields(config.path, {})
-        if local:
-            theta = config.positive("rope_local_base_freq", architecture.local_theta)
+    own = local and architecture.local_theta is not None
+    kinds = {True: "sliding_attention", False: "full_attention"}
+    if own or any(kind in section.fields for kind in kinds.values()):
+        section = section.section(kinds[local]) or ConfigFields(config.path, {})
+    if own and architecture.local_theta is not None:
+        theta = config.positive("rope_local_base_freq", architecture.local_theta)
     return section, section.positive("rope_theta", theta)
 
 

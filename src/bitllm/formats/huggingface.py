@@ -79,7 +79,9 @@ def open_huggingface(directory: Path) -> Checkpoint:
     refuse_known_models(config_file, fields, files)
     quantization = read_quantization(config_file, fields, files)
     spec = read_model_spec(config_file, fields, quantization, files)
-    spec = replace(spec, pooling=read_pooling(directory, spec.architecture))
+    pooling = read_pooling(directory, spec.architecture)
+    headless = pooling != "none" and "lm_head.weight" not in files
+    spec = replace(spec, pooling=pooling, tied_head=spec.tied_head or headless)
     source = _HuggingFaceSource(directory, spec, quantization, files)
     if not quantization.declared and not source.shows_ternary_values():
         raise dense_model(config_file)
@@ -302,7 +304,7 @@ class _HuggingFaceSource(MappedSource):
         entry = self._entry(stored)
         has_scale = f"{module}.weight_scale" in self._files
         if entry.dtype == "U8" and entry.shape == (-(-out // 4), width):
-            if not self._quantization.declared:
+            if not self._quantization.says_convention:
                 raise UnsupportedModelError(
                     f"{self._directory}: {stored!r} is packed, but config.json has no "
                     "quantization_config to say whether its scale multiplies or divides",
