@@ -10,14 +10,7 @@ from typing import TypedDict, Unpack
 
 from bitllm.backends import get_backend
 from bitllm.backends.base import LoadOptions
-from bitllm.checkpoint import (
-    Checkpoint,
-    DenseSize,
-    DenseTensor,
-    MappedSource,
-    StridedMatrix,
-    TernaryMatrix,
-)
+from bitllm.checkpoint import Checkpoint, DenseTensor, MappedSource, StridedMatrix, TernaryMatrix
 from bitllm.config import EngineOptions, HeadName, KvDtype, PackingName, SamplingParams
 from bitllm.engine.llm import LLM
 from bitllm.engine.memory_plan import plan_memory
@@ -134,9 +127,6 @@ class _CountedSource(MappedSource):
         if matrix is not None:
             self._count()
         return matrix
-
-    def dense_size(self, name: str) -> DenseSize:
-        return self._checkpoint.dense_size(name)
 
     def release(self) -> None:
         self._checkpoint.release()

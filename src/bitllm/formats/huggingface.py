@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from bitllm.checkpoint import (
     Checkpoint,
-    DenseSize,
+    DenseDtype,
     DenseTensor,
     LinearSpec,
     MappedSource,
@@ -169,10 +169,14 @@ class _HuggingFaceSource(MappedSource):
         self._warn_of_scale(stored, float(scale))
         return StridedMatrix(data, self._linears[name].out_features, scale)
 
-    def dense_size(self, name: str) -> DenseSize | None:
-        """Return how large a matrix that MLX quantised will be; None for all other tensors."""
+    def dense_dtype(self, name: str) -> DenseDtype | None:
+        """Return the dtype of the dense tensor called `name`, or None; dequantises nothing."""
         affine = self._affine.get(name)
-        return None if affine is None else affine.dequantized_size()
+        return super().dense_dtype(name) if affine is None else affine.dequantized_dtype()
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether the dense tensor called `name` is a view of a file, and not dequantised."""
+        return name not in self._affine
 
     def release(self) -> None:
         """Drop from memory what was read of the files."""

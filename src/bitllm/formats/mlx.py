@@ -10,7 +10,6 @@ extremes, and half of the negative weights' size is lost. Only matrices packed b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitllm.checkpoint import DenseSize, DenseTensor
+from bitllm.checkpoint import DenseDtype, DenseTensor
 from bitllm.errors import FormatError, NotTernaryError, TensorShapeError, UnsupportedModelError
 from bitllm.formats.config_fields import ConfigFields
 from bitllm.formats.repack import PackedWeights, coarsest_scales, refuse_code_three, row_bands
@@ -132,13 +131,9 @@ class AffineTensors:
             values[band] = floats.view(np.uint32) >> 16 if dtype == "bf16" else floats
         return DenseTensor(values, dtype)
 
-    def dequantized_size(self) -> DenseSize:
-        """Return how large `dequantize` makes it, taking 2 bits to be ternary."""
-        entry = self.weight.entry(f"{self.module}.weight")
-        count = math.prod(entry.shape) * _WORD_BITS // self.layout.bits
-        two_bits = self.layout.bits == _TERNARY_BITS
-        itemsize = self._dense("scales").data.itemsize if two_bits else 4
-        return DenseSize(count * itemsize, itemsize, mapped=False)
+    def dequantized_dtype(self) -> DenseDtype:
+        """Return the dtype that `dequantize` gives, taking 2 bits to be ternary."""
+        return self._dense("scales").dtype if self.layout.bits == _TERNARY_BITS else "f32"
 
     def _dense(self, part: str) -> DenseTensor:
         file: WeightFile = getattr(self, part)

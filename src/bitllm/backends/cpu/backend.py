@@ -18,6 +18,7 @@ from bitllm.backends.sizes import (
     ternary_bytes,
 )
 from bitllm.checkpoint import (
+    DTYPE_BYTES,
     LINEAR_NAMES,
     Checkpoint,
     DenseTensor,
@@ -142,14 +143,12 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
 def _refuse_too_large(
     checkpoint: Checkpoint, kv_blocks: int, options: LoadOptions, packing: Packing
 ) -> None:
-    # Embedding and head stay in the mapped file, which the system may drop and read again, unless
-    # they had to be dequantised.
+    # Embedding and head stay in the mapped file, which the system may drop and read again.
     spec = checkpoint.spec
-    names = ("embed",) if spec.tied_head else ("embed", "head")
-    matrices = [checkpoint.dense_size(name) for name in names]
+    head = "embed" if spec.tied_head else "head"
     weights = ternary_bytes(spec, packing)
-    weights += rounded_head_bytes(spec, options.head, matrices[-1].itemsize)
-    weights += sum(size.nbytes for size in matrices if not size.mapped)
+    value_bytes = DTYPE_BYTES[checkpoint.dense_dtype(head)]
+    weights += rounded_head_bytes(spec, options.head, value_bytes)
     cache = kv_blocks * KV_BLOCK_SIZE * kv_bytes_per_token(spec, options.kv_dtype)
     free = _native.available_memory()
     if free and weights + cache > free:
