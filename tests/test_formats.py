@@ -6,7 +6,6 @@ import json
 import math
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from bitllm.checkpoint import Checkpoint, DenseTensor, RopeSpec
+from bitllm.checkpoint import DenseTensor, RopeSpec
 from bitllm.errors import (
     CheckpointError,
     FormatError,
@@ -27,102 +26,27 @@ from bitllm.errors import (
     UnsupportedModelError,
 )
 from bitllm.formats import open_checkpoint, read_generation_config
-from bitllm.formats.architecture import read_model_spec, read_quantization
-from bitllm.formats.repack import quantize_masters, read_ternary_values, repack_row_strided
+from bitllm.formats.architecture import read_model_spec
+from bitllm.formats.quantization import read_quantization
+from bitllm.formats.repack import quantize_masters, repack_row_strided
+from bitllm.formats.ternary_values import read_one_size, read_ternary_values
 from bitllm.ternary import dequantize, pack, quantize_weights
-
-HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 16, 22, 17, 4, 2, 4
-SHAPES = {
-    "self_attn.q_proj": (16, 16),
-    "self_attn.k_proj": (8, 16),
-    "self_attn.v_proj": (8, 16),
-    "self_attn.o_proj": (16, 16),
-    "mlp.gate_proj": (22, 16),
-    "mlp.up_proj": (22, 16),
-    "mlp.down_proj": (16, 22),
-}
-NAMES = dict(zip(("q", "k", "v", "o", "gate", "up", "down"), SHAPES, strict=True))
-GATE = "model.layers.0.mlp.gate_proj.weight"
-BITNET = {"quant_method": "bitnet"}
-MULTIPLY = {**BITNET, "linear_class": "autobitlinear", "quantization_mode": "offline"}
-ONLINE = {**BITNET, "linear_class": "autobitlinear", "quantization_mode": "online"}
-
-
-def row_strided(codes: np.ndarray) -> np.ndarray:
-    """The packing of transformers, written out: row r + i * R is at bits 2i of packed row r."""
-    rows = -(-len(codes) // 4)
-    packed = np.zeros((rows, codes.shape[1]), np.uint8)
-    for row, values in enumerate(codes):
-        packed[row % rows] |= ((values + 1) << (2 * (row // rows))).astype(np.uint8)
-    return packed
-
-
-@dataclass
-class Model:
-    """A model directory to be written, with everything open to change."""
-
-    config: dict[str, Any]
-    tensors: dict[str, np.ndarray] = field(default_factory=dict)
-    codes: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def write(self, directory: Path) -> Path:
-        (directory / "config.json").write_text(json.dumps(self.config))
-        save_file(self.tensors, directory / "model.safetensors")
-        return directory
-
-    def open(self, directory: Path) -> Checkpoint:
-        return open_checkpoint(self.write(directory))
-
-
-def make_model(
-    architecture: str = "BitNetForCausalLM",
-    *,
-    quantization: dict[str, Any] | None = None,
-    masters: bool = False,
-    dtype: type = np.float32,
-    **config: Any,
-) -> Model:
-    """A small model with one layer; sub-norms for BitNet, a head unless it is tied."""
-    rng = np.random.default_rng(7)
-    model = Model(
-        {
-            "architectures": [architecture],
-            "hidden_size": HIDDEN,
-            "intermediate_size": FFN,
-            "num_hidden_layers": 1,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 64,
-            "a key nobody knows": {"x": [1]},
-            "quantization_config": MULTIPLY if quantization is None else quantization,
-            **config,
-        }
-    )
-
-    def dense(name: str, *shape: int) -> None:
-        model.tensors[name] = rng.standard_normal(shape).astype(dtype)
-
-    dense("model.embed_tokens.weight", VOCAB, HIDDEN)
-    dense("model.norm.weight", HIDDEN)
-    if not config.get("tie_word_embeddings"):
-        dense("lm_head.weight", VOCAB, HIDDEN)
-    prefix = "model.layers.0."
-    dense(prefix + "input_layernorm.weight", HIDDEN)
-    dense(prefix + "post_attention_layernorm.weight", HIDDEN)
-    if architecture == "BitNetForCausalLM":
-        dense(prefix + "self_attn.attn_sub_norm.weight", HIDDEN)
-        dense(prefix + "mlp.ffn_sub_norm.weight", FFN)
-    for index, (name, module) in enumerate(NAMES.items()):
-        if masters:
-            dense(f"{prefix}{module}.weight", *SHAPES[module])
-            continue
-        codes = rng.integers(-1, 2, SHAPES[module]).astype(np.int8)
-        model.codes[name] = codes
-        model.tensors[f"{prefix}{module}.weight"] = row_strided(codes)
-        scale = np.array([0.5 + index / 8], dtype)
-        model.tensors[f"{prefix}{module}.weight_scale"] = scale
-    return model
+from huggingface_model import (
+    BITNET,
+    FFN,
+    GATE,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    MULTIPLY,
+    NAMES,
+    ONLINE,
+    SHAPES,
+    VOCAB,
+    Model,
+    make_model,
+    row_strided,
+)
 
 
 class TestRepacking:
@@ -157,20 +81,20 @@ class TestRepacking:
         codes, scale = quantize_weights(weights)
         found = quantize_masters(DenseTensor(weights, "f32"))
         assert (found.packed == pack(codes)).all()
-        assert found.scale == scale
+        assert found.scales == scale
 
     def test_masters_of_many_bands(self) -> None:
         weights = np.random.default_rng(3).standard_normal((2500, 1003)).astype(np.float32)
         codes, scale = quantize_weights(weights)
         found = quantize_masters(DenseTensor(weights, "f32"))
         assert (found.packed == pack(codes)).all()
-        assert found.scale == scale
+        assert found.scales == scale
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_masters_that_are_no_numbers(self, bad: float) -> None:
         weights = np.ones((2000, 1000), np.float32)
         weights[1999, 3] = bad
-        for read in (quantize_masters, read_ternary_values):
+        for read in (quantize_masters, read_ternary_values, read_one_size):
             with pytest.raises(QuantizationError, match="row 1999, column 3"):
                 read(DenseTensor(weights, "f32"))
 
@@ -178,17 +102,19 @@ class TestRepacking:
     def test_values_that_are_ternary_keep_their_size(self, scale: float) -> None:
         codes = np.random.default_rng(1).integers(-1, 2, (1500, 1000)).astype(np.int8)
         weights = dequantize(codes, np.asarray(scale, np.float32))
-        found = read_ternary_values(DenseTensor(weights, "f32"))
-        assert found is not None
-        assert found.scale == np.float32(scale)
-        assert (found.packed == pack(codes)).all()
+        for read in (read_one_size, read_ternary_values):
+            found = read(DenseTensor(weights, "f32"))
+            assert found is not None
+            assert found.scales.shape == ()
+            assert found.scales == np.float32(scale)
+            assert (found.packed == pack(codes)).all()
 
-    def test_values_of_two_sizes_are_not_ternary(self) -> None:
+    def test_values_of_two_sizes_are_not_of_one(self) -> None:
         weights = np.ones((1500, 1000), np.float32)
         weights[1048:] = 2  # the first band of rows is all ones, the second all twos
-        assert read_ternary_values(DenseTensor(weights, "f32")) is None
+        assert read_one_size(DenseTensor(weights, "f32")) is None
         weights[0] = np.where(np.arange(1000) % 2, 1, 2)
-        assert read_ternary_values(DenseTensor(weights, "f32")) is None
+        assert read_one_size(DenseTensor(weights, "f32")) is None
 
     def test_memory_of_a_conversion(self) -> None:
         stored = np.full((1728, 2560), 0b01010101, np.uint8)
@@ -550,7 +476,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"quantization_config": None}, NotTernaryError, "dense model"),
+            ({"quantization_config": None}, UnsupportedModelError, "is packed, but config.json"),
             ({"quantization_config": {"quant_method": "gptq"}}, NotTernaryError, "'gptq'"),
             ({"quantization_config": 3}, FormatError, "quantization_config"),
             (
@@ -563,10 +489,10 @@ class TestConfig:
                 UnsupportedModelError,
                 "quantization_mode 'x'",
             ),
-            ({"architectures": ["MambaForCausalLM"]}, UnsupportedModelError, "'MambaForCausalLM'"),
+            ({"architectures": ["MambaForCausalLM"]}, UnsupportedModelError, "recurrent"),
             ({"architectures": None, "model_type": "t5"}, UnsupportedModelError, "'t5'"),
             ({"hidden_act": "gelu"}, UnsupportedModelError, "'gelu'"),
-            ({"rope_scaling": {"type": "yarn"}}, UnsupportedModelError, "'yarn'"),
+            ({"rope_scaling": {"type": "longrope"}}, UnsupportedModelError, "'longrope'"),
             ({"hidden_size": None}, FormatError, "hidden_size is missing"),
             ({"hidden_size": "12"}, FormatError, "hidden_size"),
             ({"hidden_size": 0}, FormatError, "hidden_size"),
@@ -596,14 +522,15 @@ class TestConfig:
             ({"head_dim": 5}, FormatError, "even"),
             ({"tie_word_embeddings": "yes"}, FormatError, "tie_word_embeddings"),
             (
-                {"quantization_config": None, "quantization": {"bits": 2}},
+                {"quantization_config": None, "quantization": {"bits": 3, "group_size": 64}},
                 UnsupportedModelError,
                 "MLX",
             ),
+            ({"quantization": {"bits": 2}}, FormatError, "group_size is missing"),
             (
-                {"quantization_config": None, "pretraining_model_parallel": 1},
-                UnsupportedModelError,
-                "TriLM",
+                {"quantization_config": None, "pretraining_model_parallel": 0},
+                FormatError,
+                "pretraining_model_parallel",
             ),
             (
                 {
@@ -729,7 +656,10 @@ class TestFiles:
 
     def test_weights_of_another_format(self, tmp_path: Path) -> None:
         (make_model().write(tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-        with pytest.raises(UnsupportedModelError, match=r"pytorch_model\.bin"):
+        with pytest.raises(FormatError, match=r"pytorch_model\.bin: no file of torch"):
+            open_checkpoint(tmp_path)
+        (tmp_path / "pytorch_model.bin").rename(tmp_path / "weights.npz")
+        with pytest.raises(UnsupportedModelError, match=r"weights\.npz"):
             open_checkpoint(tmp_path)
 
     def test_no_model_at_all(self, tmp_path: Path) -> None:
