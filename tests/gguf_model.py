@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf_files import encode, write_gguf
 from safetensors.numpy import save_file
 
+from gguf_files import encode, write_gguf
 from synthetic import random_codes, random_uniform
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 256, 512, 4, 2, 64, 2, 96
@@ -140,12 +141,17 @@ def _gguf_tensors(
             tensors[stored] = ("F32", values.shape, values.tobytes())
     for layer in range(LAYERS):
         for name, shape in SHAPES.items():
-            codes = codes_of(layer, name)
-            if architecture == "llama" and name in ("q", "k"):
-                codes = permuted(codes, HEADS if name == "q" else KV_HEADS)
-            data = encode(kind, codes, float(scale_of(layer, name)), layout)
+            data = _encoded(layer, name, kind, layout, architecture == "llama")
             tensors[f"blk.{layer}.{GGUF_NAMES[name]}.weight"] = (kind, shape, data)
     return tensors
+
+
+@cache
+def _encoded(layer: int, name: str, kind: str, layout: str, is_llama: bool) -> bytes:
+    codes = codes_of(layer, name)
+    if is_llama and name in ("q", "k"):
+        codes = permuted(codes, HEADS if name == "q" else KV_HEADS)
+    return encode(kind, codes, float(scale_of(layer, name)), layout)
 
 
 def llama3_table() -> np.ndarray:
