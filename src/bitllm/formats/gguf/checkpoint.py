@@ -46,7 +46,7 @@ from bitllm.formats.gguf.ternary_blocks import (
     TernaryBlocks,
     decode_ternary,
 )
-from bitllm.formats.repack import read_ternary_values
+from bitllm.formats.ternary_values import read_ternary_values
 from bitllm.ternary import dequantize, unpack
 
 __all__ = ["LAYOUT_VARIABLE", "neighbour_order", "open_gguf"]
@@ -252,7 +252,7 @@ class _GgufSource(MappedSource):
                 "the weights are not ternary: they have several sizes",
                 hint="bitllm runs ternary models: I2_S, TQ1_0, TQ2_0 and their like",
             )
-        return TernaryBlocks(found.packed, np.asarray(found.scale, np.float32))
+        return TernaryBlocks(found.packed, found.scales, found.group_size)
 
     def _with_factor(self, name: str, found: TernaryBlocks) -> TernaryBlocks:
         """Multiply the scales with that of `blk.N.<name>.scale`, where there is one."""
