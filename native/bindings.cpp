@@ -404,6 +404,45 @@ void bind_decoder(nb::module_& module) {
             "read the whole head after all.");
 }
 
+size_t scratch_bytes(size_t vocab, size_t hidden, size_t kv_blocks, int threads,
+                     size_t max_batch_tokens, const std::string& head,
+                     const std::string& head_dtype, const Matrix<const int64_t>& layers,
+                     const Vector<const int64_t>& rope_pairs) {
+    constexpr size_t FIELDS = 7;
+    require(layers.shape(1) == FIELDS, "layers must be [n, 7]");
+    std::vector<LayerShape> shapes;
+    for (size_t i = 0; i < layers.shape(0); ++i) {
+        const int64_t* row = layers.data() + i * FIELDS;
+        for (size_t field = 0; field < FIELDS; ++field)
+            require(row[field] >= 0, "a shape is negative");
+        const auto size = [row](size_t field) { return static_cast<size_t>(row[field]); };
+        shapes.push_back(
+            {size(0), size(1), size(2), size(3), row[4] != 0, row[5] != 0, row[6] != 0});
+    }
+    std::vector<size_t> pairs;
+    for (const int64_t count : span_of(rope_pairs)) {
+        require(count >= 0, "a shape is negative");
+        pairs.push_back(static_cast<size_t>(count));
+    }
+    RuntimeConfig runtime;
+    runtime.kv_blocks = kv_blocks;
+    runtime.threads = threads;
+    runtime.max_batch_tokens = max_batch_tokens;
+    return Decoder::planned_scratch({vocab, hidden}, runtime,
+                                    enumerator<HeadKind>(head, HEAD_KINDS, "head"),
+                                    float_type(head_dtype), shapes, pairs);
+}
+
+void bind_plan(nb::module_& module) {
+    module.def(
+        "scratch_bytes", &scratch_bytes, nb::kw_only(), "vocab"_a, "hidden"_a, "kv_blocks"_a,
+        "threads"_a, "max_batch_tokens"_a, "head"_a, "head_dtype"_a, "layers"_a.noconvert(),
+        "rope_pairs"_a.noconvert(),
+        "Decoder.scratch_bytes before there is one. Each row of layers: heads, kv_heads, "
+        "head_dim, ffn, and whether there are linears with norms of their own, with int8 and "
+        "with float inputs; rope_pairs: of each distinct table of frequencies.");
+}
+
 // Single products: rows are repacked a tile at a time, so that no second copy of the matrix is
 // needed.
 void multiply_canonical(const Kernels& kernels, const Matrix<const uint8_t>& packed,
@@ -615,6 +654,7 @@ void bind_machine(nb::module_& module) {
 NB_MODULE(_native, module) {
     module.doc() = "The native core of bitllm; private: use bitllm.backends.cpu and bitllm.ops.";
     bitllm::bind_decoder(module);
+    bitllm::bind_plan(module);
     bitllm::bind_ops(module);
     bitllm::bind_numerics(module);
     bitllm::bind_machine(module);

@@ -59,6 +59,8 @@ float norm_bound(const float* row, size_t n) {
     return static_cast<float>((grown + 0x1p-70 * static_cast<double>(n)) * (1.0 + 0x1p-20));
 }
 
+size_t groups_of(size_t hidden) { return (hidden + SCREEN_GROUP - 1) / SCREEN_GROUP; }
+
 // The scale of a group, a bfloat16 with LARGEST_CODE * scale >= the largest magnitude; 0 for zeros.
 uint16_t scale_bits(float largest) {
     if (largest == 0.0f) return 0;
@@ -128,11 +130,7 @@ void round_group(const float* weights, float inverse, const uint32_t* words, uin
 
 RoundedHead::RoundedHead(const Kernels& kernels, Bits bits, DenseMatrix head, size_t vocab,
                          size_t hidden, ThreadPool& pool)
-    : kernels_(kernels),
-      bits_(bits),
-      vocab_(vocab),
-      hidden_(hidden),
-      groups_((hidden + SCREEN_GROUP - 1) / SCREEN_GROUP) {
+    : kernels_(kernels), bits_(bits), vocab_(vocab), hidden_(hidden), groups_(groups_of(hidden)) {
     const size_t row_groups = (vocab + SCREEN_ROWS - 1) / SCREEN_ROWS;
     const bool four = bits == Bits::FOUR;
     const size_t bytes = four ? row_groups * groups_ * SCREEN_GROUP_BYTES : vocab * hidden;
@@ -217,16 +215,17 @@ bool RoundedHead::round_eight(DenseMatrix head, Range rows, float* row) {
     return true;
 }
 
-size_t RoundedHead::take_query(Arena* arena, Query* query) const {
-    const size_t columns = bits_ == Bits::FOUR ? groups_ * SCREEN_GROUP : 0;
+void RoundedHead::take_query(Arena& arena, Query& query) const {
     const size_t groups = bits_ == Bits::FOUR ? groups_ : 0;
-    if (arena) {
-        query->high = arena->take<int8_t>(columns);
-        query->low = arena->take<int8_t>(columns);
-        query->offsets = arena->take<int32_t>(groups);
-        query->squares = arena->take<float>(groups);
-    }
-    return 2 * Arena::bytes_for<int8_t>(columns) + Arena::bytes_for<int32_t>(groups) +
+    query.high = arena.take<int8_t>(groups * SCREEN_GROUP);
+    query.low = arena.take<int8_t>(groups * SCREEN_GROUP);
+    query.offsets = arena.take<int32_t>(groups);
+    query.squares = arena.take<float>(groups);
+}
+
+size_t RoundedHead::query_bytes(Bits bits, size_t hidden) {
+    const size_t groups = bits == Bits::FOUR ? groups_of(hidden) : 0;
+    return 2 * Arena::bytes_for<int8_t>(groups * SCREEN_GROUP) + Arena::bytes_for<int32_t>(groups) +
            Arena::bytes_for<float>(groups);
 }
 

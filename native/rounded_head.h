@@ -52,8 +52,9 @@ class RoundedHead {
     size_t bytes() const;
     size_t hidden() const { return hidden_; }
 
-    // The arrays of a query, of an arena; or only what they take of one.
-    size_t take_query(Arena* arena, Query* query) const;
+    // The arrays of a query, of an arena; and what they take of one.
+    void take_query(Arena& arena, Query& query) const;
+    static size_t query_bytes(Bits bits, size_t hidden);
 
     // Makes a query of a hidden state, float [hidden], which has to stay; false where it is NaN,
     // zero or so large or small that the bounds do not hold.

@@ -40,6 +40,7 @@ __all__ = [
     "LINEAR_NAMES",
     "Activation",
     "Checkpoint",
+    "DenseDtype",
     "DenseTensor",
     "LayerSpec",
     "LinearSpec",
