@@ -218,8 +218,9 @@ def test_scratch_of_layers_that_differ() -> None:
     spec = tiny_spec(rope_theta=500.0)
     other = tiny_spec(ffn_size=900, activation_bits=None).layers[0]
     checkpoint = random_checkpoint(replace(spec, layers=(other, *spec.layers)))
-    wanted = plan_memory(checkpoint, EngineOptions(device="cpu", threads=2), available=GIB)
-    decoder = get_backend("cpu").load(checkpoint, LoadOptions(threads=2))
+    options: dict[str, Any] = {"threads": 2, "max_batch_tokens": 64}
+    wanted = plan_memory(checkpoint, EngineOptions(device="cpu", **options), available=GIB)
+    decoder = get_backend("cpu").load(checkpoint, LoadOptions(**options))
     assert decoder.info.scratch_bytes == wanted.scratch
 
 
