@@ -130,9 +130,28 @@ struct StepOutput {
     size_t top_width = 0;
 };
 
+// What scratch depends on in a layer, over all of its linears.
+struct LayerShape {
+    size_t heads = 0;
+    size_t kv_heads = 0;
+    size_t head_dim = 0;
+    size_t ffn = 0;
+    bool own_norms = false;  // of some linear
+    bool int8_inputs = true;
+    bool float_inputs = false;
+};
+
 class Decoder {
   public:
     Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime);
+
+    // The scratch_bytes() of a decoder once it is prepared, without making one or starting threads.
+    // `layers`: each shape once is enough. `rope_pairs`: dimensions turned, halved, for each
+    // distinct table of frequencies. A head that turns out not to be fit for rounding takes less.
+    // Throws std::invalid_argument.
+    static size_t planned_scratch(ModelConfig model, RuntimeConfig runtime, HeadKind head,
+                                  ValueType head_type, std::span<const LayerShape> layers,
+                                  std::span<const size_t> rope_pairs);
 
     // Building, in any order, before prepare(). All copy but set_embedding and set_head, and throw
     // std::invalid_argument where sizes contradict each other, or after prepare().
@@ -280,6 +299,8 @@ class Decoder {
         std::optional<Sampler> sampler;
     };
 
+    Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime, ThreadPool& crowd);
+    HeadKind chosen_head(HeadKind kind, ValueType type) const;
     void demand_building() const;
     void check_blocks(const int32_t* blocks, size_t count) const;
     Layer& layer_at(size_t index);

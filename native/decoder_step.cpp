@@ -68,17 +68,25 @@ size_t Decoder::plan_scratch(Arena* arena) {
     logits_ = plan.take<float>(logit_rows_ * model_.vocab);
 
     workspaces_.resize(static_cast<size_t>(runtime_.threads));
-    for (Workspace& own : workspaces_) {
+    for (size_t worker = 0; worker < workspaces_.size(); ++worker) {
+        Workspace& own = workspaces_[worker];
         own.row = plan.take<float>(input_width);
         own.normed = plan.take<float>(own_norms ? input_width : 0);
         own.accumulators = plan.take<int32_t>(ACCUMULATORS);
         own.codes = plan.take<uint8_t>((quantized ? ROW_TILE : 1) * padded_columns(input_width));
         own.signed_codes = plan.take<int8_t>(floats ? ROW_TILE * input_width : 0);
         own.requests = plan.take<Request>(logit_rows_);
+        // More workers than rows of logits never draw at once.
+        if (worker >= logit_rows_) continue;
         if (arena) own.sampler.emplace(kernels_, model_.vocab, *arena);
         plan.bytes += Sampler::scratch_bytes(model_.vocab);
     }
-    if (screen_) plan.bytes += screen_->take_scratch(arena, logit_rows_);
+    if (head_kind_ == HeadKind::SCREENED || head_kind_ == HeadKind::INT8_SCREENED) {
+        const auto bits =
+            head_kind_ == HeadKind::SCREENED ? RoundedHead::Bits::FOUR : RoundedHead::Bits::EIGHT;
+        plan.bytes += HeadScreen::scratch_bytes(bits, model_.vocab, model_.hidden, logit_rows_);
+        if (arena) screen_->take_scratch(*arena, logit_rows_);
+    }
     plan_attention(plan);
     return plan.bytes;
 }

@@ -23,13 +23,16 @@ using namespace bitllm;
 using namespace bitllm::testing;
 
 // Allocations of all threads, counted while somebody counts: by the hook of a sanitizer's
-// allocator, else by functions in front of those of glibc, else by operator new.
+// allocator, else by functions in front of those of glibc, else by operator new. The latter two can
+// refuse one of them.
 namespace {
 std::atomic<bool> counting{false};
 std::atomic<size_t> allocations{0};
+std::atomic<size_t> refused{0};  // the number of the allocation to refuse, from 1 on
 
-void count_allocation() {
-    if (counting.load(std::memory_order_relaxed)) ++allocations;
+// Whether this one is to be refused.
+bool count_allocation() {
+    return counting.load(std::memory_order_relaxed) && ++allocations == refused;
 }
 }  // namespace
 
@@ -47,25 +50,25 @@ void* __libc_realloc(void*, size_t);
 void* __libc_memalign(size_t, size_t);
 
 void* malloc(size_t bytes) {
-    count_allocation();
+    if (count_allocation()) return nullptr;
     return __libc_malloc(bytes);
 }
 void* calloc(size_t count, size_t bytes) {
-    count_allocation();
+    if (count_allocation()) return nullptr;
     return __libc_calloc(count, bytes);
 }
 void* realloc(void* old, size_t bytes) {
-    count_allocation();
+    if (count_allocation()) return nullptr;
     return __libc_realloc(old, bytes);
 }
 void* aligned_alloc(size_t alignment, size_t bytes) {
-    count_allocation();
+    if (count_allocation()) return nullptr;
     return __libc_memalign(alignment, bytes);
 }
 }
 #else
 void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
-    count_allocation();
+    if (count_allocation()) return nullptr;
     return std::malloc(bytes ? bytes : 1);
 }
 void* operator new(size_t bytes) {
@@ -299,6 +302,25 @@ TEST(a_step_allocates_nothing) {
     for (const Step* step : {&prefill, &one})
         CHECK(allocations_during([&] { floats.decoder->forward(step->input, output); }) == 0);
 }
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+// Whichever allocation is refused, building a model ends with an exception, on no worker.
+TEST(a_model_without_memory_is_an_exception) {
+    const Model first(best_kernels(), 2);  // starts the threads
+    for (const HeadKind head : {HeadKind::SCREENED, HeadKind::INT8_SCREENED}) {
+        size_t refusals = 0;
+        for (bool refusing = true; refusing; refusals += refusing) {
+            refused = refusals + 1;
+            refusing = throws<std::bad_alloc>([&] {
+                allocations_during([&] { Model(best_kernels(), 2, ValueType::BF16, head); });
+            });
+            counting = false;
+        }
+        refused = 0;
+        CHECK_WITH(refusals > 50, refusals << " refusals");
+    }
+}
+#endif
 
 TEST(kernels_threads_and_pieces_change_no_bit) {
     const auto ids = prompt(90);

@@ -70,10 +70,11 @@ class Linear:
         return y
 
     def _float_product(self, x: F32) -> F32:
-        """0 + lane_sum(codes * x) * scale of each group in order; a row is one group if it may be."""
+        """0 + lane_sum(codes * x) * scale of each group in order; a row with one scale is one."""
         if not np.isfinite(x).all():
             raise QuantizationError(
-                "activations hold NaN or infinity: only finite numbers can be multiplied with weights"
+                "activations hold NaN or infinity: "
+                "only finite numbers can be multiplied with weights"
             )
         y = np.zeros((len(x), self.spec.out_features), np.float32)
         width = self.group_size or self.spec.in_features
