@@ -142,6 +142,15 @@ class _HuggingFaceSource(MappedSource):
             return self._scaled_bias(name.removesuffix(".bias"), tensor)
         return tensor
 
+    def dense_dtype(self, name: str) -> DenseDtype | None:
+        """Return the dtype of the dense tensor called `name`, or None; dequantises nothing."""
+        affine = self._affine.get(name)
+        return super().dense_dtype(name) if affine is None else affine.dequantized_dtype()
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether the dense tensor called `name` is a view of a file, and not dequantised."""
+        return name not in self._affine
+
     def ternary(self, name: str) -> TernaryMatrix | None:
         """Read the ternary matrix called `name` into the canonical packing, or None."""
         projection = self._projections.get(name)
@@ -168,15 +177,6 @@ class _HuggingFaceSource(MappedSource):
             scale, _ = self._stored_scale(projection, np.float32(1))
         self._warn_of_scale(stored, float(scale))
         return StridedMatrix(data, self._linears[name].out_features, scale)
-
-    def dense_dtype(self, name: str) -> DenseDtype | None:
-        """Return the dtype of the dense tensor called `name`, or None; dequantises nothing."""
-        affine = self._affine.get(name)
-        return super().dense_dtype(name) if affine is None else affine.dequantized_dtype()
-
-    def is_mapped(self, name: str) -> bool:
-        """Whether the dense tensor called `name` is a view of a file, and not dequantised."""
-        return name not in self._affine
 
     def release(self) -> None:
         """Drop from memory what was read of the files."""
