@@ -30,6 +30,10 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         CheckpointError: one of its kinds, for whatever is wrong with the files.
     """
     directory = Path(path)
+    if directory.suffix == ".gguf" and directory.is_file():
+        raise UnsupportedModelError(
+            f"{directory}: GGUF files are not supported yet", hint="use the safetensors version"
+        )
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
     if not (directory / "config.json").is_file():
