@@ -29,7 +29,7 @@ from bitllm.formats import hub as module
 from bitllm.formats.download import check_file
 from bitllm.formats.known_models import KNOWN_MODELS
 from bitllm.formats.references import HubReference, parse_reference
-from fake_hub import FakeHub, git_sha1, serve
+from fake_hub import FakeHub, git_sha1, serve, use
 
 PLAIN = {
     "config.json": b"{}",
@@ -85,14 +85,7 @@ REPOS = {
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     with serve(FakeHub(REPOS, gated=frozenset({"org/gated"}))) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-            hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        )  # fmt: skip
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        use(hub, monkeypatch, tmp_path / "cache")
         monkeypatch.chdir(tmp_path)
         yield hub
 

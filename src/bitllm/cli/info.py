@@ -31,8 +31,9 @@ __all__ = ["info"]
 def info(ref: str | None, tensors: bool, as_json: bool, **options: Any) -> None:
     """Show what a model is and what it needs, without loading it.
 
-    REF is a directory or file, or org/name[@revision] on the Hugging Face Hub, which is downloaded
-    if it is not in the cache; without REF, BITLLM_MODEL, or else the demo model inside bitllm.
+    REF is a directory or file, a short name (`bitllm list --known`), or org/name[@revision] on the
+    Hugging Face Hub, which is downloaded if it is not in the cache; without REF, BITLLM_MODEL, or
+    else the demo model inside bitllm.
 
     \b
     bitllm info microsoft/bitnet-b1.58-2B-4T

@@ -12,7 +12,6 @@ import difflib
 import errno
 import importlib.resources
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -26,6 +25,7 @@ from bitllm.errors import (
     UnsupportedModelError,
 )
 from bitllm.formats.download import fetch_blob
+from bitllm.formats.gguf_names import gguf_names, gguf_parts, is_of_kind
 from bitllm.formats.hub_errors import explained, is_offline, unreachable
 from bitllm.formats.json_file import read_json_object
 from bitllm.formats.known_models import KNOWN_MODELS, near_names
@@ -48,7 +48,6 @@ _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _MODEL_FILES = frozenset({*_SMALL_FILES, *_SINGLE_FILES})
 _MOST_SHARDS = 1000
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +185,7 @@ def _hub_model(ref: HubReference) -> ModelFiles:
             _fetch_weights(ref, snapshot, weights)
             return ModelFiles(snapshot, ref.repo, origin)
     file = ref.file or _choose_gguf(ref, snapshot)
-    _fetch_weights(ref, snapshot, _parts(file))
+    _fetch_weights(ref, snapshot, gguf_parts(file))
     return ModelFiles(snapshot / file, f"{ref.repo}/{file}", origin)
 
 
@@ -230,7 +229,7 @@ def _safetensors_names(ref: HubReference, snapshot: Path) -> list[str]:
         return [_SINGLE_FILES[0]]
     names = _file_names(ref, snapshot)
     weights = [name for name in _SINGLE_FILES if name in names]
-    if not weights and not _gguf_names(names):
+    if not weights and not gguf_names(names):
         raise UnsupportedModelError(
             f"{ref.repo} has no {_SINGLE_FILES[0]}",
             hint="bitllm reads safetensors and GGUF; look for another revision or a converted "
@@ -274,12 +273,6 @@ def _file_names(ref: HubReference, snapshot: Path) -> list[str]:
         raise
 
 
-def _gguf_names(names: Sequence[str]) -> list[str]:
-    """Return the GGUF files, of split ones the first part."""
-    matches = {name: _SPLIT.fullmatch(name) for name in names if name.endswith(".gguf")}
-    return sorted(name for name, split in matches.items() if not split or int(split[2]) == 1)
-
-
 def _choose_gguf(ref: HubReference, snapshot: Path) -> str:
     """Return the one GGUF file that is meant.
 
@@ -287,7 +280,7 @@ def _choose_gguf(ref: HubReference, snapshot: Path) -> str:
         UnsupportedModelError: the repository has neither GGUF files nor a transformers model.
         ModelNotFoundError: none or several match; names them.
     """
-    files = _gguf_names(_file_names(ref, snapshot))
+    files = gguf_names(_file_names(ref, snapshot))
     if not files:
         if is_offline():
             raise unreachable(ref.repo, FileNotFoundError(ref.repo))
@@ -296,7 +289,7 @@ def _choose_gguf(ref: HubReference, snapshot: Path) -> str:
             "bitllm reads",
             hint="look for its safetensors or GGUF version",
         )
-    chosen = [name for name in files if ref.kind is None or _is_of_kind(name, ref.kind)]
+    chosen = [name for name in files if ref.kind is None or is_of_kind(name, ref.kind)]
     if len(chosen) == 1:
         return chosen[0]
     what = "GGUF files" if ref.kind is None else f"files of kind {ref.kind}"
@@ -304,20 +297,6 @@ def _choose_gguf(ref: HubReference, snapshot: Path) -> str:
     raise ModelNotFoundError(
         f"{ref.repo} has {len(chosen) or 'no'} {what}; one has to be named", hint=f"name {listed}"
     )
-
-
-def _is_of_kind(name: str, kind: str) -> bool:
-    """Whether the name holds `kind` as a whole word, in any case: "x-i2_s.gguf" is of "I2_S"."""
-    stem = PurePosixPath(name).stem.lower()
-    return re.search(rf"(?<![a-z0-9]){re.escape(kind.lower())}(?![a-z0-9_])", stem) is not None
-
-
-def _parts(file: str) -> list[str]:
-    """Return all parts of a split GGUF file, or the file alone."""
-    split = _SPLIT.fullmatch(file)
-    if split is None or not 0 < int(split[3]) <= _MOST_SHARDS:
-        return [file]
-    return [f"{split[1]}-{part:05d}-of-{split[3]}.gguf" for part in range(1, int(split[3]) + 1)]
 
 
 def _fetch_weights(ref: HubReference, snapshot: Path, names: Sequence[str]) -> None:
