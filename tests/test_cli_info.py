@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
-from bitllm.checkpoint import Checkpoint
+from bitllm import formats
 from bitllm.cli.app import app
 from bitllm.cli.info import count_parameters, describe_architecture
 from bitllm.cli.terminal import format_count
@@ -307,21 +308,12 @@ def test_the_memory_plan_follows_the_batch(model: Path) -> None:
     assert "memory for 5 sequences with a context of 1000 tokens: fits" in text
 
 
-def test_a_format_that_tells_about_itself(model: Path) -> None:
-    class Source:
-        def stored_tensors(self) -> Any:
-            yield inspection.StoredTensor("a", "I2_S", (4, 4), 36)
+def test_what_a_reader_warns_of_is_unusual(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(path: Path) -> Any:
+        warnings.warn("its pre-tokenizer is missing", stacklevel=2)
+        return opened(path)
 
-        def oddities(self) -> list[str]:
-            return ["its pre-tokenizer is missing"]
-
-        def dense(self, name: str) -> None:
-            return None
-
-        ternary = dense
-
-    spec = tiny_spec(num_layers=1)
-    object.__setattr__(spec, "layers", ())
-    checkpoint = Checkpoint(spec, Source(), "here")
-    assert [t.dtype for t in inspection.stored_tensors(model, checkpoint)] == ["I2_S"]
-    assert inspection.oddities(checkpoint) == ["its pre-tokenizer is missing"]
+    opened = formats.open_checkpoint
+    monkeypatch.setattr(formats, "open_checkpoint", warn)
+    assert facts(model)["oddities"] == ["its pre-tokenizer is missing"]
+    assert info(model).stderr == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from bitllm.cli.terminal import emit, emit_json, format_count
 from bitllm.errors import TokenizerError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bitllm.checkpoint import LayerSpec, ModelSpec
     from bitllm.config import EngineOptions
     from bitllm.formats import ModelFiles
@@ -61,33 +64,37 @@ def info(
     settings = EngineOptions.from_options(split_options(options)[0])
     device = choose_device(settings.device)
     files = resolve_model(ref)
-    checkpoint = open_checkpoint(files.path)
+    # What readers warn of belongs to what is unusual, and is told there.
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        checkpoint = open_checkpoint(files.path)
+        tokenizer = _load_tokenizer(files)
     if batch > 1:
         tokens = batch * _whole_blocks(context_length(checkpoint.spec, settings))
         settings = dataclasses.replace(settings, kv_tokens=tokens)
     plan = plan_memory(checkpoint, settings)
     stored = [
         {**dataclasses.asdict(tensor), "shape": [*tensor.shape]}
-        for tensor in stored_tensors(files.directory, checkpoint)
+        for tensor in stored_tensors(files.path)
     ]
-    tokenizer = _load_tokenizer(files)
     facts: dict[str, Any] = {
         "model": {"name": files.name, "path": str(files.path), "origin": files.origin},
         "architecture": describe_architecture(checkpoint.spec),
         "parameters": count_parameters(checkpoint.spec),
         "text": _describe_text(files, tokenizer),
         "files": [
-            {"name": path.name, "bytes": path.stat().st_size}
-            for path in sorted(files.directory.iterdir())
-            if path.is_file() and (path.suffix != ".gguf" or path in _parts(files))
+            {"name": path.name, "bytes": path.stat().st_size} for path in _model_files(files)
         ],
         "types": _by_type(stored),
-        "oddities": find_oddities(
-            files,
-            checkpoint,
-            None if isinstance(tokenizer, TokenizerError) else tokenizer,
-            thorough=check,
-        ),
+        "oddities": [
+            *dict.fromkeys(str(warning.message) for warning in told),
+            *find_oddities(
+                files,
+                checkpoint,
+                None if isinstance(tokenizer, TokenizerError) else tokenizer,
+                thorough=check,
+            ),
+        ],
         "memory": {
             **dataclasses.asdict(plan),
             "batch": batch,
@@ -146,19 +153,12 @@ def _whole_blocks(tokens: int) -> int:
     return -(-tokens // KV_BLOCK_SIZE) * KV_BLOCK_SIZE
 
 
-def _parts(files: ModelFiles) -> list[Path]:
-    """Return the GGUF files that belong to the model: the one that was named, all parts of it."""
-    from bitllm.formats.gguf_names import gguf_parts
-
-    return [files.path.with_name(name) for name in gguf_parts(files.path.name)]
-
-
 def _load_tokenizer(files: ModelFiles) -> Tokenizer | TokenizerError:
     """Load the tokenizer; a broken one is told, not raised."""
-    from bitllm.tokenizer import load_tokenizer
+    from bitllm.engine.loading import open_tokenizer
 
     try:
-        return load_tokenizer(files.path)
+        return open_tokenizer(files.path)
     except TokenizerError as error:
         return error
 
@@ -201,6 +201,15 @@ def _packing(spec: ModelSpec, settings: EngineOptions) -> dict[str, str] | None:
     return dataclasses.asdict(choice)
 
 
+def _model_files(files: ModelFiles) -> list[Path]:
+    """Return the files of a directory, or those of a GGUF model."""
+    from bitllm.formats.gguf import GgufModel
+
+    if files.path.is_file():
+        return [file.path for file in GgufModel(files.path).files]
+    return sorted(path for path in files.path.iterdir() if path.is_file())
+
+
 def _by_type(stored: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     types: dict[str, dict[str, int]] = {}
     for tensor in stored:
@@ -232,11 +241,11 @@ def _lines(facts: Mapping[str, Any], memory_table: str) -> Iterator[str]:
     yield ""
     yield "tensors"
     for dtype, total in facts["types"].items():
-        yield f"  {dtype:<5} {total['tensors']:>6}  {format_bytes(total['bytes']):>9}"
+        yield f"  {dtype:<9} {total['tensors']:>6}  {format_bytes(total['bytes']):>9}"
     for tensor in facts.get("tensors", ()):
         shape = " x ".join(map(str, tensor["shape"])) or "scalar"
         size = format_bytes(tensor["bytes"])
-        yield f"  {tensor['name']:<56} {tensor['dtype']:<5} {shape:>16}  {size:>9}"
+        yield f"  {tensor['name']:<56} {tensor['dtype']:<9} {shape:>16}  {size:>9}"
     yield ""
     for odd in facts["oddities"]:
         yield f"unusual: {odd}"

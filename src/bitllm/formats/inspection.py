@@ -1,7 +1,6 @@
 """Looking at a checkpoint without loading it: the tensors in its files, and what is unusual there.
 
-A format whose tensors are not in safetensors files, or that knows of oddities of its own (metadata
-that is missing or was repaired), lets its tensor source implement `Inspectable`.
+What a reader finds unusual itself, such as metadata that it had to repair, it warns of.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from bitllm.checkpoint import Checkpoint, LayerSpec, ModelSpec, StridedMatrix, TernaryMatrix
 from bitllm.errors import CheckpointError, QuantizationError
+from bitllm.formats.gguf import GgufModel, find_gguf
 from bitllm.formats.safetensors import SafetensorsFile
 
-__all__ = ["Inspectable", "StoredTensor", "oddities", "stored_tensors"]
+__all__ = ["StoredTensor", "oddities", "stored_tensors"]
 
 SAMPLED_ROWS = 8
 """Rows of a mapped matrix that are looked at if not all are."""
@@ -51,28 +50,23 @@ class StoredTensor:
     bytes: int
 
 
-@runtime_checkable
-class Inspectable(Protocol):
-    """A tensor source that can tell about its files."""
-
-    def stored_tensors(self) -> Iterator[StoredTensor]:
-        """Yield every tensor of the files."""
-
-    def oddities(self) -> list[str]:
-        """Return what is unusual about the files, a sentence each."""
-
-
-def stored_tensors(directory: Path, checkpoint: Checkpoint) -> Iterator[StoredTensor]:
+def stored_tensors(path: Path) -> Iterator[StoredTensor]:
     """Yield the tensors of a model's files, as they are stored.
+
+    Args:
+        path: the model's directory, or its GGUF file.
 
     Raises:
         CheckpointError: a file is broken.
     """
-    if isinstance(checkpoint.source, Inspectable):
-        yield from checkpoint.source.stored_tensors()
+    gguf = find_gguf(path)
+    if gguf is not None:
+        for tensor in GgufModel(gguf).tensors.values():
+            size = tensor.stop - tensor.start
+            yield StoredTensor(tensor.name, tensor.type.name, tuple(tensor.shape), size)
         return
-    for path in sorted(directory.glob("*.safetensors")):
-        for name, entry in SafetensorsFile(path).entries.items():
+    for file in sorted(path.glob("*.safetensors")):
+        for name, entry in SafetensorsFile(file).entries.items():
             yield StoredTensor(name, entry.dtype, entry.shape, entry.stop - entry.start)
 
 
@@ -104,8 +98,6 @@ def oddities(checkpoint: Checkpoint, *, thorough: bool = False) -> list[str]:
         except (CheckpointError, QuantizationError) as error:
             found.append(error.message)
     found += _scale_oddities(checkpoint, scales)
-    if isinstance(checkpoint.source, Inspectable):
-        found += checkpoint.source.oddities()
     return _shortened(found)
 
 
