@@ -738,7 +738,7 @@ class TestFiles:
         with pytest.raises(CheckpointError, match=r"no config\.json"):
             open_checkpoint(tmp_path)
         (tmp_path / "model.gguf").touch()
-        with pytest.raises(FormatError, match="no GGUF file"):
+        with pytest.raises(UnsupportedModelError, match="GGUF"):
             open_checkpoint(tmp_path)
 
 
