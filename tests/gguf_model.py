@@ -213,3 +213,19 @@ def _write_hf(
             tensors[f"{module}.weight"] = packed
             tensors[f"{module}.weight_scale"] = np.full(1, scale_of(layer, name), np.float32)
     save_file(tensors, directory / "model.safetensors")
+
+
+def byte_tokenizer_metadata(bos: int, eos: int) -> dict[str, tuple[str, Any]]:
+    """A byte-level vocabulary of VOCAB tokens without merges, for models of this size."""
+    letters = [chr(code) for code in range(33, 33 + VOCAB - 4)]
+    tokens = [*letters, "Ġ", "Ċ", "<s>", "</s>"]
+    return {
+        "tokenizer.ggml.model": ("str", "gpt2"),
+        "tokenizer.ggml.pre": ("str", "gpt-2"),
+        "tokenizer.ggml.tokens": ("[str]", tokens),
+        "tokenizer.ggml.token_type": ("[i32]", [1] * (VOCAB - 2) + [3, 3]),
+        "tokenizer.ggml.merges": ("[str]", []),
+        "tokenizer.ggml.bos_token_id": ("u32", bos),
+        "tokenizer.ggml.eos_token_id": ("u32", eos),
+        "tokenizer.ggml.add_bos_token": ("bool", True),
+    }

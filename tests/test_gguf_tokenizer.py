@@ -138,6 +138,16 @@ def test_the_rules_around_the_text() -> None:
     assert gguf_tokenizer(metadata_of(trained("qwen2"), "qwen2"), "x").encode("a")[0] != bos
 
 
+def test_whole_pieces_need_no_merges() -> None:
+    fields = metadata_of(trained("llama-bpe"), "llama-bpe")
+    fields["tokenizer.ggml.tokens"].append("Ġwonderful")
+    fields["tokenizer.ggml.token_type"].append(1)
+    whole = len(fields["tokenizer.ggml.tokens"]) - 1
+    assert gguf_tokenizer(fields, "x.gguf").encode(" wonderful", add_bos=False) == [whole]
+    cut = gguf_tokenizer({**fields, "tokenizer.ggml.pre": "qwen2"}, "x.gguf")
+    assert whole not in cut.encode(" wonderful", add_bos=False)
+
+
 def sentencepiece() -> tuple[dict[str, Any], Tokenizer]:
     """A vocabulary with scores and byte tokens, and the tokenizer that transformers makes of it."""
     words = ["▁the", "▁of", "▁list", "ing", "▁th", "he", "th", "▁t", "▁l", "is", "st", "ist"]
@@ -290,10 +300,10 @@ def write_with_tokenizer(directory: Path, fields: dict[str, Any]) -> Path:
 
 
 def test_a_tokenizer_json_beside_the_file_wins(tmp_path: Path) -> None:
-    original = trained("llama-bpe")
-    fields = metadata_of(original, "gpt-2")  # wrong: cuts digits and words in other places
+    original = trained("gpt-2")
+    fields = metadata_of(original, "llama-bpe")  # wrong: cuts digits in threes
     path = write_with_tokenizer(tmp_path, fields)
-    text = "1234567890 it'S"
+    text = "12345 apples"
     right = original.encode(text, add_special_tokens=False).ids
     assert open_tokenizer(path).encode(text, add_bos=False) != right
     original.save(str(tmp_path / "tokenizer.json"))

@@ -24,9 +24,9 @@ __all__ = ["list"]
 @json_option
 @verbose_option
 def list(everything: bool, known: bool, as_json: bool) -> None:
-    """List the models in the cache of the Hugging Face Hub that bitllm can run.
+    """List the models in the cache that bitllm can run.
 
-    Nothing is asked of the Hub. The cache is the one of every program that uses huggingface_hub;
+    Nothing is asked of the Hub. The cache is that of every program that uses huggingface_hub;
     HF_HOME or HF_HUB_CACHE say where it is.
     """
     if known:

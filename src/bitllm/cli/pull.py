@@ -22,11 +22,11 @@ __all__ = ["pull"]
 @json_option
 @verbose_option
 def pull(ref: str, revision: str | None, check: bool, as_json: bool) -> None:
-    """Fetch a model from the Hugging Face Hub, or what is missing of it.
+    """Fetch a model from the Hugging Face Hub.
 
     REF is a short name (`bitllm list --known`), org/name, org/name/file.gguf, or org/name:I2_S for
-    the GGUF file with that in its name; each with @revision behind it. Only the files that bitllm
-    reads are fetched. A download that ends early is kept, and the same command goes on from there.
+    the GGUF file with that in its name; each with @revision behind it. Only what bitllm reads
+    and what is not there yet is fetched. A download that ends early is kept, and the same command goes on from there.
 
     \b
     bitllm pull 2b

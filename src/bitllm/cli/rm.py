@@ -17,7 +17,7 @@ __all__ = ["rm"]
 @option("-y", "--yes", is_flag=True, help="Do not ask.")
 @verbose_option
 def rm(refs: tuple[str, ...], yes: bool) -> None:
-    """Remove models from the cache of the Hugging Face Hub.
+    """Remove models from the cache.
 
     REF is a name as `bitllm list` shows it, or a short one: org/name for all its revisions,
     org/name@revision for one of them, org/name/file.gguf for a file. Model directories elsewhere
