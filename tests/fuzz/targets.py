@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,8 +16,11 @@ from bitllm.formats.safetensors import SafetensorsFile
 
 Target = Callable[[Path], None]
 
-_DIRECTORY = Path(tempfile.mkdtemp(prefix="bitllm-fuzz-", dir="/dev/shm"
-                  if Path("/dev/shm").is_dir() else None))  # fmt: skip
+# A file in memory: libFuzzer ends without giving Python the time to remove one from a disk.
+if hasattr(os, "memfd_create"):
+    _PATH = Path(f"/proc/self/fd/{os.memfd_create('fuzzed')}")
+else:
+    _PATH = Path(tempfile.mkstemp(prefix="bitllm-fuzz-")[1])
 
 
 def read_safetensors(path: Path) -> None:
@@ -56,7 +60,6 @@ TARGETS: Mapping[str, Target] = {
 
 def attempt(target: Target, content: bytes) -> None:
     """Let a target read `content`; anything but success or a `BitllmError` is a finding."""
-    path = _DIRECTORY / "input"
-    path.write_bytes(content)
+    _PATH.write_bytes(content)
     with suppress(BitllmError):
-        target(path)
+        target(_PATH)

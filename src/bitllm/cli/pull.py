@@ -25,8 +25,9 @@ def pull(ref: str, revision: str | None, check: bool, as_json: bool) -> None:
     """Fetch a model from the Hugging Face Hub.
 
     REF is a short name (`bitllm list --known`), org/name, org/name/file.gguf, or org/name:I2_S for
-    the GGUF file with that in its name; each with @revision behind it. Only what bitllm reads
-    and what is not there yet is fetched. A download that ends early is kept, and the same command goes on from there.
+    the GGUF file with that in its name; each with @revision behind it. Only what bitllm reads, and
+    what is not there yet, is fetched. A download that ends early is kept, and the same command goes
+    on from there.
 
     \b
     bitllm pull 2b

@@ -134,8 +134,9 @@ def _demo_model() -> ModelFiles:
 
 def _local_model(path: Path) -> ModelFiles:
     if path.is_dir() or path.suffix == ".gguf":
+        # A file is not resolved: in a cache of downloads it is a link to a nameless one.
         found = path.resolve() if path.is_dir() else path.absolute()
-        return ModelFiles(found, found.name, str(found))
+        return ModelFiles(found, found.name.removesuffix(".gguf"), str(found))
     if path.name not in _MODEL_FILES and path.suffix not in (".safetensors", ".bin"):
         raise ModelNotFoundError(
             f"{path} is not a file of a model",
