@@ -104,7 +104,7 @@ def test_version() -> None:
         ("rnu", "did you mean 'bitllm run'?"),
         ("docter", "did you mean 'bitllm doctor'?"),
         ("Tell me a story", 'to continue a prompt: bitllm run "Tell me a story"'),
-        ("zzz", "the commands are run, chat, info, bench, doctor"),
+        ("zzz", "the commands are run, chat, pull, list, rm, info, bench, doctor"),
     ],
 )
 def test_a_mistyped_verb_gets_a_suggestion(typed: str, hint: str) -> None:

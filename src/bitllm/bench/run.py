@@ -205,6 +205,13 @@ class _Work:
                 f"{longest} tokens are more than the context of {room} tokens",
                 hint="measure shorter prompts (-p), fewer tokens (-n) or smaller depths",
             )
+        rows = settings.engine.max_batch_tokens
+        if max(settings.batches) > rows:
+            raise ConfigError(
+                f"batch {max(settings.batches)}: a step has at most {rows} token rows "
+                "(max_batch_tokens), and each sequence takes one",
+                hint=f"measure at most {rows} sequences side by side",
+            )
         return _Work(prompts, depths, settings.batches, settings.generate)
 
     def one(self, bench: Workbench) -> Iterator[Timed]:

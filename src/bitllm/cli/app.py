@@ -19,6 +19,9 @@ __all__ = ["COMMANDS", "CommandGroup", "app"]
 COMMANDS = {
     "run": "Continue a prompt and print the text.",
     "chat": "Talk with a model.",
+    "pull": "Fetch a model from the Hugging Face Hub.",
+    "list": "List the models in the cache that bitllm can run.",
+    "rm": "Remove models from the cache.",
     "info": "Show what a model is and what it needs, without loading it.",
     "bench": "Measure the speed of a model beside what this machine can do.",
     "doctor": "Check this machine: kernels, speed, versions, demo model.",
