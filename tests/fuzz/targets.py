@@ -9,9 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from bitllm.errors import BitllmError
-from bitllm.formats.architecture import read_model_spec, read_quantization
+from bitllm.formats.architecture import read_model_spec
 from bitllm.formats.gguf.container import GgufFile
 from bitllm.formats.json_file import read_json_object
+from bitllm.formats.quantization import read_quantization
 from bitllm.formats.safetensors import SafetensorsFile
 
 Target = Callable[[Path], None]

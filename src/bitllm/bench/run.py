@@ -155,7 +155,7 @@ def run_bench(
     latency: list[LatencyRow] = []
     if settings.small:
         say("quantised operations")
-        single += operations(info.kernel, packing, info.threads, settings.repeats)
+        single += operations(info.kernel, settings.engine.packing, info.threads, settings.repeats)
         latency += latencies(settings.engine.threads, settings.engine.isa, settings.repeats, say)
     return BenchResult(
         machine=describe(),

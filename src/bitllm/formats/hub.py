@@ -43,6 +43,7 @@ _SMALL_FILES = [
     "chat_template.json",
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
+    "1_Pooling/config.json",
 ]
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
