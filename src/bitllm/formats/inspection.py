@@ -80,24 +80,29 @@ def oddities(checkpoint: Checkpoint, *, thorough: bool = False) -> list[str]:
     """
     found: list[str] = []
     scales: dict[str, float] = {}
+    of_scales: list[str] = []  # what the reader says of scales, where we have nothing to say
     last = len(checkpoint.spec.layers) - 1
     for name, _ in checkpoint.spec.linear_names():
         layer = int(name.split(".")[1])
-        try:
-            matrix = None if thorough else checkpoint.strided(name)
-            if matrix is not None:
-                found += _sampled(name, matrix)
-                scales[name] = float(matrix.scales)
-            elif thorough or layer in (0, last):
-                with warnings.catch_warnings(record=True) as told:
-                    warnings.simplefilter("always")
+        own: list[str] = []
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                matrix = None if thorough else checkpoint.strided(name)
+                if matrix is not None:
+                    own += _sampled(name, matrix)
+                    scales[name] = float(matrix.scales)
+                elif thorough or layer in (0, last):
                     whole = checkpoint.ternary(name)
-                # What a reader warns of is told once: here, in its words or in ours.
-                found += [*_whole(name, whole)] or [str(warning.message) for warning in told]
-                scales[name] = float(np.median(whole.scales))
-        except (CheckpointError, QuantizationError) as error:
-            found.append(error.message)
-    found += _scale_oddities(checkpoint, scales)
+                    own += _whole(name, whole)
+                    scales[name] = float(np.median(whole.scales))
+            except (CheckpointError, QuantizationError) as error:
+                own.append(error.message)
+        texts = [str(warning.message) for warning in told]
+        of_scales += [text for text in texts if "looks inverted" in text]
+        # What a reader warns of is told once: in its words or in ours.
+        found += own or [text for text in texts if "looks inverted" not in text]
+    found += [*_scale_oddities(checkpoint, scales)] or of_scales
     return _shortened(found)
 
 
