@@ -15,7 +15,7 @@ from bitllm.formats.architecture import read_model_spec, read_quantization
 from bitllm.formats.writers.differences import spec_differences
 from bitllm.formats.writers.texts import CONFIG_FILE, ModelTexts
 
-__all__ = ["default_convention", "huggingface_config", "plan_config", "quantization_section"]
+__all__ = ["default_convention", "huggingface_config", "plan_config", "plan_mlx_config"]
 
 _WITHOUT_CLASS = ("BitnetForCausalLM",)  # named in a config.json, but not known to transformers
 _ATTENTION = ("q", "k", "v", "o")
@@ -28,7 +28,7 @@ def default_convention(spec: ModelSpec) -> ScaleConvention:
     return "multiply" if spec.layers[0].attn_sub_norm else "divide"
 
 
-def quantization_section(
+def _quantization_section(
     spec: ModelSpec, convention: ScaleConvention, *, keep: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return `quantization_config` for packed weights.
@@ -73,9 +73,40 @@ def plan_config(
     fields = _carried(spec, texts, convention)
     if fields is None:
         fields = {**huggingface_config(spec, convention, dtype), **texts.token_ids}
-    check_config(spec, fields, tensors)
+    _check_config(spec, fields, tensors)
     if texts.config is not None and fields == texts.config:
         return texts.config_bytes
+    return _json(fields)
+
+
+def plan_mlx_config(
+    spec: ModelSpec, texts: ModelTexts, group_size: int, *, tensors: Collection[str], dtype: str
+) -> bytes:
+    """Return config.json for MLX's affine 2-bit weights.
+
+    `input_bits` is what 1bitLLM's configurations call the bits of activations; MLX itself leaves
+    activations as they are.
+
+    Args:
+        spec: the architecture.
+        texts: the source's text files.
+        group_size: weights along a row that share a scale.
+        tensors: names of the dense tensors that will be written, as transformers has them.
+        dtype: of the embedding: "bf16", "f16" or "f32".
+
+    Raises:
+        UnsupportedModelError: config.json cannot say this architecture; names the reason.
+    """
+    fields = _carried(spec, texts, "multiply")
+    if fields is None:
+        fields = {**huggingface_config(spec, "multiply", dtype), **texts.token_ids}
+    _check_config(spec, fields, tensors)
+    del fields["quantization_config"]
+    fields["quantization"] = {"group_size": group_size, "bits": 2}
+    return _json({**fields, "weight_bits": 1, "input_bits": spec.layers[0].q.activation_bits})
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -92,7 +123,7 @@ def _carried(
     for key in ("quantization", "auto_map", "weight_bits", "input_bits"):
         fields.pop(key, None)
     keep = before if isinstance(before, dict) else None
-    fields["quantization_config"] = quantization_section(spec, convention, keep=keep)
+    fields["quantization_config"] = _quantization_section(spec, convention, keep=keep)
     return fields
 
 
@@ -104,7 +135,7 @@ def _says(fields: Mapping[str, Any], spec: ModelSpec, convention: ScaleConventio
     return found.convention == convention and not found.online
 
 
-def check_config(spec: ModelSpec, fields: Mapping[str, Any], tensors: Collection[str]) -> None:
+def _check_config(spec: ModelSpec, fields: Mapping[str, Any], tensors: Collection[str]) -> None:
     """Refuse a configuration from which another architecture would be read.
 
     Raises:
@@ -151,7 +182,7 @@ def huggingface_config(
         "num_attention_heads": layer.num_heads,
         "num_hidden_layers": len(spec.layers),
         "num_key_value_heads": layer.num_kv_heads,
-        "quantization_config": quantization_section(spec, convention),
+        "quantization_config": _quantization_section(spec, convention),
         "rms_norm_eps": _shortest(spec.norm_eps),
         "rope_theta": layer.rope.theta,
         "tie_word_embeddings": spec.tied_head,

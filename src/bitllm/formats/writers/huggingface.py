@@ -29,12 +29,14 @@ from bitllm.formats.writers.planned import Chunks, PlannedFile, PlannedTensor, W
 from bitllm.formats.writers.safetensors import plan_safetensors
 from bitllm.formats.writers.texts import CONFIG_FILE, ModelTexts
 
-__all__ = ["SHARD_BYTES", "plan_huggingface", "stored_names"]
+__all__ = ["SHARD_BYTES", "STORED_DTYPES", "plan_dense", "plan_huggingface", "stored_names"]
 
 SHARD_BYTES = 5 * 10**9
 """Data in one file at most, as transformers has it."""
 
-_DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
+STORED_DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
+"""Dtypes as safetensors files call them."""
+
 _MODULES = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -186,7 +188,7 @@ def _plan(stored_name: str, origin: str, tensor: DenseTensor) -> PlannedTensor:
     """Plan a small tensor that is in memory."""
     return PlannedTensor(
         stored_name,
-        _DTYPES[tensor.dtype],
+        STORED_DTYPES[tensor.dtype],
         tensor.shape,
         tensor.nbytes,
         origin,
@@ -229,7 +231,7 @@ def plan_dense(
             checkpoint.release()
 
     return PlannedTensor(
-        stored_name, _DTYPES[tensor.dtype], tensor.shape, tensor.nbytes, name, chunks
+        stored_name, STORED_DTYPES[tensor.dtype], tensor.shape, tensor.nbytes, name, chunks
     )
 
 
