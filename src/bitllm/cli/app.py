@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "Continue a prompt and print the text.",
     "chat": "Talk with a model.",
     "info": "Show what a model is and what it needs, without loading it.",
+    "convert": "Write a model in another format, read back and compared.",
     "bench": "Measure the speed of a model beside what this machine can do.",
     "doctor": "Check this machine: kernels, speed, versions, demo model.",
 }

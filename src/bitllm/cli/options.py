@@ -12,6 +12,7 @@ from bitllm.config import CHOICES
 
 __all__ = [
     "chosen",
+    "device_option",
     "engine_options",
     "is_verbose",
     "json_option",
@@ -111,13 +112,15 @@ def _leave_to_the_backend(
     return None if source is click.core.ParameterSource.ENVIRONMENT else value
 
 
+device_option: Decorator[Any] = option(
+    "--device",
+    callback=_leave_to_the_backend,
+    metavar="auto|cpu|reference",
+    help="What computes: native kernels (cpu) or plain NumPy (reference).",
+)
+
 engine_options: Decorator[Any] = _together(
-    option(
-        "--device",
-        callback=_leave_to_the_backend,
-        metavar="auto|cpu|reference",
-        help="What computes: native kernels (cpu) or plain NumPy (reference).",
-    ),
+    device_option,
     option(
         "--threads",
         metavar="N",

@@ -19,16 +19,24 @@ import numpy as np
 from bitllm.errors import CheckpointError
 from bitllm.formats.writers.planned import PlannedFile
 
-__all__ = ["Advance", "write_directory", "write_file"]
+__all__ = ["Advance", "Check", "write_directory", "write_file"]
 
 Advance = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes there will be."""
+
+Check = Callable[[Path], None]
+"""Called with the path of what is written but not named yet; what it raises undoes everything."""
 
 _PIECE_BYTES = 1 << 22
 
 
 def write_file(
-    target: Path, file: PlannedFile, *, replace: bool = False, advance: Advance | None = None
+    target: Path,
+    file: PlannedFile,
+    *,
+    replace: bool = False,
+    advance: Advance | None = None,
+    check: Check | None = None,
 ) -> None:
     """Write one file.
 
@@ -37,14 +45,17 @@ def write_file(
         file: what to write; its name is not used.
         replace: whether a file of that name may be replaced.
         advance: told of the progress.
+        check: looks at the result before it gets its name.
 
     Raises:
         CheckpointError: the target exists, the disk is full, or the system refuses to write.
     """
     _check_target(target, file.nbytes, replace)
-    unfinished = _unfinished(target)
+    unfinished = _unfinished(target, target.suffix)
     try:
         _write(unfinished, file, _Count(file.nbytes, advance))
+        if check is not None:
+            check(unfinished)
         os.replace(unfinished, target)
         _sync_directory(target.parent)
     except OSError as error:
@@ -59,6 +70,7 @@ def write_directory(
     *,
     replace: bool = False,
     advance: Advance | None = None,
+    check: Check | None = None,
 ) -> None:
     """Write a directory of files.
 
@@ -67,6 +79,7 @@ def write_directory(
         files: what to write into it.
         replace: whether a directory of that name may be replaced; all that is in it goes.
         advance: told of the progress.
+        check: looks at the result before it gets its name.
 
     Raises:
         CheckpointError: the target exists, the disk is full, or the system refuses to write.
@@ -80,6 +93,8 @@ def write_directory(
         for file in files:
             _write(unfinished / file.name, file, count)
         _sync_directory(unfinished)
+        if check is not None:
+            check(unfinished)
         _take_name(unfinished, target)
         _sync_directory(target.parent)
     except OSError as error:
@@ -137,8 +152,8 @@ def _write_chunk(out: BinaryIO, chunk: object, count: _Count) -> int:
     return written
 
 
-def _unfinished(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished")
+def _unfinished(target: Path, suffix: str = "") -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished{suffix}")
 
 
 def _check_target(target: Path, nbytes: int, replace: bool) -> None:
