@@ -27,8 +27,10 @@ from bitllm.errors import (
     UnsupportedModelError,
 )
 from bitllm.formats import open_checkpoint, read_generation_config
-from bitllm.formats.architecture import read_model_spec, read_quantization
-from bitllm.formats.repack import quantize_masters, read_ternary_values, repack_row_strided
+from bitllm.formats.architecture import read_model_spec
+from bitllm.formats.quantization import read_quantization
+from bitllm.formats.repack import quantize_masters, repack_row_strided
+from bitllm.formats.ternary_values import read_one_size, read_ternary_values
 from bitllm.ternary import dequantize, pack, quantize_weights
 
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 16, 22, 17, 4, 2, 4
@@ -157,20 +159,20 @@ class TestRepacking:
         codes, scale = quantize_weights(weights)
         found = quantize_masters(DenseTensor(weights, "f32"))
         assert (found.packed == pack(codes)).all()
-        assert found.scale == scale
+        assert found.scales == scale
 
     def test_masters_of_many_bands(self) -> None:
         weights = np.random.default_rng(3).standard_normal((2500, 1003)).astype(np.float32)
         codes, scale = quantize_weights(weights)
         found = quantize_masters(DenseTensor(weights, "f32"))
         assert (found.packed == pack(codes)).all()
-        assert found.scale == scale
+        assert found.scales == scale
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_masters_that_are_no_numbers(self, bad: float) -> None:
         weights = np.ones((2000, 1000), np.float32)
         weights[1999, 3] = bad
-        for read in (quantize_masters, read_ternary_values):
+        for read in (quantize_masters, read_ternary_values, read_one_size):
             with pytest.raises(QuantizationError, match="row 1999, column 3"):
                 read(DenseTensor(weights, "f32"))
 
@@ -178,17 +180,19 @@ class TestRepacking:
     def test_values_that_are_ternary_keep_their_size(self, scale: float) -> None:
         codes = np.random.default_rng(1).integers(-1, 2, (1500, 1000)).astype(np.int8)
         weights = dequantize(codes, np.asarray(scale, np.float32))
-        found = read_ternary_values(DenseTensor(weights, "f32"))
-        assert found is not None
-        assert found.scale == np.float32(scale)
-        assert (found.packed == pack(codes)).all()
+        for read in (read_one_size, read_ternary_values):
+            found = read(DenseTensor(weights, "f32"))
+            assert found is not None
+            assert found.scales.shape == ()
+            assert found.scales == np.float32(scale)
+            assert (found.packed == pack(codes)).all()
 
-    def test_values_of_two_sizes_are_not_ternary(self) -> None:
+    def test_values_of_two_sizes_are_not_of_one(self) -> None:
         weights = np.ones((1500, 1000), np.float32)
         weights[1048:] = 2  # the first band of rows is all ones, the second all twos
-        assert read_ternary_values(DenseTensor(weights, "f32")) is None
+        assert read_one_size(DenseTensor(weights, "f32")) is None
         weights[0] = np.where(np.arange(1000) % 2, 1, 2)
-        assert read_ternary_values(DenseTensor(weights, "f32")) is None
+        assert read_one_size(DenseTensor(weights, "f32")) is None
 
     def test_memory_of_a_conversion(self) -> None:
         stored = np.full((1728, 2560), 0b01010101, np.uint8)
@@ -550,7 +554,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"quantization_config": None}, NotTernaryError, "dense model"),
+            ({"quantization_config": None}, UnsupportedModelError, "is packed, but config.json"),
             ({"quantization_config": {"quant_method": "gptq"}}, NotTernaryError, "'gptq'"),
             ({"quantization_config": 3}, FormatError, "quantization_config"),
             (
@@ -563,7 +567,7 @@ class TestConfig:
                 UnsupportedModelError,
                 "quantization_mode 'x'",
             ),
-            ({"architectures": ["MambaForCausalLM"]}, UnsupportedModelError, "'MambaForCausalLM'"),
+            ({"architectures": ["MambaForCausalLM"]}, UnsupportedModelError, "recurrent"),
             ({"architectures": None, "model_type": "t5"}, UnsupportedModelError, "'t5'"),
             ({"hidden_act": "gelu"}, UnsupportedModelError, "'gelu'"),
             ({"rope_scaling": {"type": "yarn"}}, UnsupportedModelError, "'yarn'"),
@@ -596,14 +600,15 @@ class TestConfig:
             ({"head_dim": 5}, FormatError, "even"),
             ({"tie_word_embeddings": "yes"}, FormatError, "tie_word_embeddings"),
             (
-                {"quantization_config": None, "quantization": {"bits": 2}},
+                {"quantization_config": None, "quantization": {"bits": 3, "group_size": 64}},
                 UnsupportedModelError,
                 "MLX",
             ),
+            ({"quantization": {"bits": 2}}, FormatError, "group_size is missing"),
             (
-                {"quantization_config": None, "pretraining_model_parallel": 1},
-                UnsupportedModelError,
-                "TriLM",
+                {"quantization_config": None, "pretraining_model_parallel": 0},
+                FormatError,
+                "pretraining_model_parallel",
             ),
             (
                 {
@@ -729,7 +734,10 @@ class TestFiles:
 
     def test_weights_of_another_format(self, tmp_path: Path) -> None:
         (make_model().write(tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-        with pytest.raises(UnsupportedModelError, match=r"pytorch_model\.bin"):
+        with pytest.raises(FormatError, match=r"pytorch_model\.bin: no file of torch"):
+            open_checkpoint(tmp_path)
+        (tmp_path / "pytorch_model.bin").rename(tmp_path / "weights.npz")
+        with pytest.raises(UnsupportedModelError, match=r"weights\.npz"):
             open_checkpoint(tmp_path)
 
     def test_no_model_at_all(self, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,19 +21,20 @@ from bitllm.checkpoint import (
     ModelSpec,
     RopeSpec,
 )
-from bitllm.errors import ConfigError, FormatError, NotTernaryError, UnsupportedModelError
+from bitllm.errors import ConfigError, FormatError, UnsupportedModelError
+from bitllm.formats.config_fields import ConfigFields
+from bitllm.formats.quantization import Quantization
+from bitllm.formats.refusals import unknown_architecture
 
-__all__ = ["ARCHITECTURES", "Quantization", "read_model_spec", "read_quantization"]
+__all__ = ["ARCHITECTURES", "read_model_spec"]
 
 _MAX_LAYERS = 10_000
-_MAX_WIDTH = 1 << 30
 _ACTIVATIONS: Mapping[str, Activation] = {
     "relu2": "relu2",
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_EXAMPLE = "for example microsoft/bitnet-b1.58-2B-4T"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,12 @@ class _Architecture:
 
     `bias` names the projections that have a bias whatever the configuration says; `bias_keys` maps
     a key of config.json to the projections whose bias it switches. `sliding` says how the
-    configuration asks for sliding-window attention.
+    configuration asks for sliding-window attention: where "by pattern", all layers have it but
+    every sixth. `local_theta` is the RoPE base of layers with a window, if they have their own.
+    `post_norms` are norms behind the blocks; `gain_offset` is added to the stored gains of norms;
+    `query_scalar` stands for the head size in 1 / sqrt(head size), the query scale; and
+    `scaled_embedding` multiplies the embedding by sqrt(hidden size). `tied` is whether the head is
+    the embedding, None = the files show it.
     """
 
     hidden_act: str
@@ -50,17 +56,35 @@ class _Architecture:
     rope_theta: float
     max_context: int
     head_dim: int | None = None
+    act_key: str = "hidden_act"
     sub_norms: bool = False
     qk_norm: bool = False
+    post_norms: bool = False
+    gain_offset: float = 0.0
     bias: frozenset[str] = frozenset()
     bias_keys: tuple[tuple[str, frozenset[str]], ...] = ()
-    sliding: Literal["never", "always", "switched"] = "never"
+    sliding: Literal["never", "always", "switched", "by pattern"] = "never"
+    local_theta: float | None = None
+    query_scalar: int | None = None
+    scaled_embedding: bool = False
+    tied: bool | None = None
 
 
 _ATTENTION = frozenset({"q", "k", "v", "o"})
 _FEED_FORWARD = frozenset({"gate", "up", "down"})
 _ATTENTION_BIAS = (("attention_bias", _ATTENTION),)
 _LLAMA_BIAS = (*_ATTENTION_BIAS, ("mlp_bias", _FEED_FORWARD))
+
+_QWEN3 = _Architecture(
+    "silu", 1e-6, 10_000.0, 32_768,
+    head_dim=128, qk_norm=True, bias_keys=_ATTENTION_BIAS, sliding="switched",
+)  # fmt: skip
+_GEMMA3 = _Architecture(
+    "gelu_pytorch_tanh", 1e-6, 1_000_000.0, 131_072,
+    head_dim=256, act_key="hidden_activation", qk_norm=True, post_norms=True, gain_offset=1.0,
+    bias_keys=_ATTENTION_BIAS, sliding="by pattern", local_theta=10_000.0, query_scalar=256,
+    scaled_embedding=True, tied=True,
+)  # fmt: skip
 
 ARCHITECTURES: Mapping[str, _Architecture] = {
     "BitNetForCausalLM": _Architecture(
@@ -73,151 +97,19 @@ ARCHITECTURES: Mapping[str, _Architecture] = {
     "Qwen2ForCausalLM": _Architecture(
         "silu", 1e-6, 10_000.0, 32_768, bias=frozenset({"q", "k", "v"}), sliding="switched"
     ),
-    "Qwen3ForCausalLM": _Architecture(
-        "silu", 1e-6, 10_000.0, 32_768,
-        head_dim=128, qk_norm=True, bias_keys=_ATTENTION_BIAS, sliding="switched",
-    ),
-}  # fmt: skip
+    "Qwen3ForCausalLM": _QWEN3,
+    "Gemma3ForCausalLM": _GEMMA3,
+    # Without a head: embedding models.
+    "Qwen3Model": replace(_QWEN3, tied=True),
+    "Gemma3TextModel": _GEMMA3,
+}
 """The supported architectures, by their name in config.json."""
 
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """How the weights of the projections are stored.
-
-    Attributes:
-        convention: a stored weight scale multiplies or divides the product.
-        online: the weights are masters, to be quantised when they are read.
-        norm_eps: epsilon of an RMSNorm of each projection's own input, None = there is none.
-        skipped: modules that transformers leaves as they are.
-    """
-
-    convention: Literal["multiply", "divide"]
-    online: bool
-    norm_eps: float | None = None
-    skipped: tuple[str, ...] | None = None
-
-
-class _Config:
-    """config.json with typed access; every failure names the file and the key."""
-
-    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
-        self.path = path
-        self.fields = fields
-
-    def get(self, key: str) -> Any:
-        return self.fields.get(key)
-
-    def fail(self, key: str, wanted: str) -> FormatError:
-        return FormatError(f"{self.path}: {key} should be {wanted}, got {self.get(key)!r:.100}")
-
-    def size(self, key: str, default: int | None = None, most: int = _MAX_WIDTH) -> int:
-        """A positive whole number; a key without default must be there."""
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise FormatError(
-                f"{self.path}: {key} is missing", hint="the file is not a model's config.json"
-            )
-        if type(value) is not int or not 0 < value <= most:
-            raise self.fail(key, f"a whole number from 1 to {most}")
-        return value
-
-    def positive(self, key: str, default: float) -> float:
-        value = self.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fail(key, "a positive number")
-        if not (value > 0 and value < 1e300 and math.isfinite(value)):
-            raise self.fail(key, "a positive number")
-        return float(value)
-
-    def switch(self, key: str, default: bool = False) -> bool:
-        value = self.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.fail(key, "true or false")
-        return value
-
-    def section(self, key: str) -> _Config | None:
-        """A nested object, or None."""
-        value = self.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.fail(key, "an object")
-        return _Config(self.path, value)
-
-    def text(self, key: str, default: str) -> str:
-        value = self.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise self.fail(key, "a string")
-        return value
-
-
-def read_quantization(path: Path, fields: Mapping[str, Any]) -> Quantization:
-    """Read how the weights are stored from config.json's `fields`.
-
-    Raises:
-        NotTernaryError: the configuration describes a dense model, or another quantisation.
-        UnsupportedModelError: a ternary variant that is not read.
-        FormatError: a value of the wrong type.
-    """
-    config = _Config(path, fields)
-    section = config.section("quantization_config")
-    if section is None:
-        return _quantization_without_section(config)
-    method = section.text("quant_method", "").lower()
-    if method != "bitnet":
-        raise NotTernaryError(
-            f"{path}: the weights are quantised with {method!r}, not ternary",
-            hint=f"bitllm runs ternary models (quant_method 'bitnet'), {_EXAMPLE}",
-        )
-    linear_class = section.text("linear_class", "bitlinear")
-    mode = section.text("quantization_mode", "offline")
-    if linear_class not in ("bitlinear", "autobitlinear") or mode not in ("online", "offline"):
-        raise UnsupportedModelError(
-            f"{path}: unknown linear_class {linear_class!r} or quantization_mode {mode!r}",
-            hint="known are bitlinear and autobitlinear, online and offline",
-        )
-    skipped = section.get("modules_to_not_convert")
-    if skipped is not None and not (
-        isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)
-    ):
-        raise section.fail("modules_to_not_convert", "a list of strings")
-    return Quantization(
-        convention="multiply" if linear_class == "autobitlinear" else "divide",
-        online=mode == "online",
-        norm_eps=section.positive("rms_norm_eps", 1e-6) if section.switch("use_rms_norm") else None,
-        skipped=None if skipped is None else tuple(skipped),
-    )
-
-
-def _quantization_without_section(config: _Config) -> Quantization:
-    if config.get("weight_bits") == 1 and config.get("input_bits") == 8:
-        return Quantization("multiply", online=True)
-    if config.get("pretraining_model_parallel") is not None:
-        raise UnsupportedModelError(
-            f"{config.path}: TriLM models, with several scales in a matrix and no quantisation "
-            "of activations, are not supported yet",
-            hint=f"try a BitNet b1.58 model, {_EXAMPLE}",
-        )
-    if config.section("quantization") is not None:
-        raise UnsupportedModelError(
-            f"{config.path}: MLX quantisation is not supported yet",
-            hint="use the model's original Hugging Face repository",
-        )
-    raise NotTernaryError(
-        f"{config.path}: no quantization_config, so these are the weights of a dense model",
-        hint=f"bitllm runs ternary models, {_EXAMPLE}; for ternary master weights, set "
-        '"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", '
-        '"quantization_mode": "online"}',
-    )
+_UNSUPPORTED_KEYS = (
+    "parallel_attn", "alibi", "use_bidirectional_attention", "attn_logit_softcapping",
+    "final_logit_softcapping",
+)  # fmt: skip
+_GEMMA_PATTERN, _GEMMA_WINDOW = 6, 4096
 
 
 def read_model_spec(
@@ -236,74 +128,94 @@ def read_model_spec(
         UnsupportedModelError: an architecture or a feature that the decoders do not have.
         FormatError: a key is missing or has an impossible value.
     """
-    config = _Config(path, fields)
+    config = ConfigFields(path, fields)
     name, architecture = _find_architecture(config)
     hidden = config.size("hidden_size")
-    heads = config.size("num_attention_heads", most=65_536)
     count = config.size("num_hidden_layers", most=_MAX_LAYERS)
     max_context = config.size("max_position_embeddings", architecture.max_context)
-    act = config.text("hidden_act", architecture.hidden_act)
-    if act not in _ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"{path}: the activation {act!r} is not supported",
-            hint=f"supported are {', '.join(_ACTIVATIONS)}",
-        )
-    head_dim = config.size("head_dim", architecture.head_dim or max(1, hidden // heads), 65_536)
-    sub_norms = architecture.sub_norms or any(
-        tensor.endswith(("attn_sub_norm.weight", "inner_attn_ln.weight")) for tensor in tensors
-    )
+    shared = _layer_switches(config, architecture, hidden, tensors)
     windows = _sliding_windows(config, architecture, count, max_context)
-    shared: dict[str, Any] = {
-        "num_heads": heads,
-        "num_kv_heads": config.size("num_key_value_heads", heads, 65_536),
-        "head_dim": head_dim,
-        "rope": _read_rope(config, architecture, head_dim, max_context),
-        "activation": _ACTIVATIONS[act],
-        "norm_eps": config.positive("rms_norm_eps", architecture.norm_eps),
-        "query_scale": 1.0 / math.sqrt(head_dim),
-        "attn_sub_norm": sub_norms,
-        "ffn_sub_norm": sub_norms,
-        "qk_norm": architecture.qk_norm,
-    }
     try:
         linears = _linear_specs(config, architecture, quantization, hidden, shared)
         by_window = {
-            window: LayerSpec(**linears, **shared, sliding_window=window) for window in set(windows)
+            window: LayerSpec(
+                **linears,
+                **shared,
+                rope=_read_rope(config, architecture, shared["head_dim"], max_context, window),
+                # A window as wide as the context is none.
+                sliding_window=None if window is None or window >= max_context else window,
+            )
+            for window in set(windows)
         }
     except ConfigError as error:
         raise FormatError(f"{path}: {error.message}", hint=error.hint) from error
     has_head = any(tensor.endswith("lm_head.weight") for tensor in tensors)
+    tied = not has_head if architecture.tied is None else architecture.tied
     return ModelSpec(
         architecture=name,
         vocab_size=config.size("vocab_size"),
         hidden_size=hidden,
         layers=tuple(by_window[window] for window in windows),
         norm_eps=shared["norm_eps"],
-        tied_head=config.switch("tie_word_embeddings", not has_head),
+        tied_head=config.switch("tie_word_embeddings", tied),
         max_context=max_context,
+        embedding_scale=math.sqrt(hidden) if architecture.scaled_embedding else 1.0,
     )
 
 
-def _find_architecture(config: _Config) -> tuple[str, _Architecture]:
+def _layer_switches(
+    config: ConfigFields, architecture: _Architecture, hidden: int, tensors: Collection[str]
+) -> dict[str, Any]:
+    """The arguments of `LayerSpec` that all layers share, projections and RoPE left out."""
+    act = config.text(architecture.act_key, architecture.hidden_act)
+    if act not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{config.path}: the activation {act!r:.100} is not supported",
+            hint=f"supported are {', '.join(_ACTIVATIONS)}",
+        )
+    heads = config.size("num_attention_heads", most=65_536)
+    head_dim = config.size("head_dim", architecture.head_dim or max(1, hidden // heads), 65_536)
+    query_scalar = float(head_dim)
+    if architecture.query_scalar is not None:
+        query_scalar = config.positive("query_pre_attn_scalar", architecture.query_scalar)
+    sub_norms = architecture.sub_norms or any(
+        tensor.endswith(("attn_sub_norm.weight", "inner_attn_ln.weight")) for tensor in tensors
+    )
+    return {
+        "num_heads": heads,
+        "num_kv_heads": config.size("num_key_value_heads", heads, 65_536),
+        "head_dim": head_dim,
+        "activation": _ACTIVATIONS[act],
+        "norm_eps": config.positive("rms_norm_eps", architecture.norm_eps),
+        "query_scale": 1.0 / math.sqrt(query_scalar),
+        "attn_sub_norm": sub_norms,
+        "ffn_sub_norm": sub_norms,
+        "qk_norm": architecture.qk_norm,
+        "post_norms": architecture.post_norms,
+    }
+
+
+def _find_architecture(config: ConfigFields) -> tuple[str, _Architecture]:
     names = config.get("architectures")
     if isinstance(names, list) and names and isinstance(names[0], str):
         name = names[0]
     else:
-        model_type = config.text("model_type", "")
-        name = next((key for key in ARCHITECTURES if key.lower() == f"{model_type}forcausallm"), "")
+        kind = config.text("model_type", "").removesuffix("_text")
+        name = next((key for key in ARCHITECTURES if key.lower() == f"{kind}forcausallm"), "")
     if name not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{config.path}: architecture {name or config.get('model_type')!r} is not supported",
-            hint=f"supported are {', '.join(ARCHITECTURES)}",
-        )
-    for key in ("parallel_attn", "alibi"):
+        named = str(name or config.get("model_type"))[:100]
+        raise unknown_architecture(config.path, config.fields, named, ARCHITECTURES)
+    for key in _UNSUPPORTED_KEYS:
         if config.get(key):
-            raise UnsupportedModelError(f"{config.path}: {key} is not supported")
+            raise UnsupportedModelError(
+                f"{config.path}: {key} is not supported",
+                hint="the decoders compute attention of the Llama family",
+            )
     return name, ARCHITECTURES[name]
 
 
 def _linear_specs(
-    config: _Config,
+    config: ConfigFields,
     architecture: _Architecture,
     quantization: Quantization,
     hidden: int,
@@ -325,18 +237,21 @@ def _linear_specs(
             *shapes[name],
             norm_eps=quantization.norm_eps,
             bias=name in biased,
+            activation_bits=quantization.activation_bits,
         )
         for name in LINEAR_NAMES
     }
 
 
 def _read_rope(
-    config: _Config, architecture: _Architecture, head_dim: int, max_context: int
+    config: ConfigFields,
+    architecture: _Architecture,
+    head_dim: int,
+    max_context: int,
+    window: int | None,
 ) -> RopeSpec:
     """Read RoPE from `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta`."""
-    section = config.section("rope_parameters") or config.section("rope_scaling")
-    section = section or _Config(config.path, {})
-    theta = section.positive("rope_theta", config.positive("rope_theta", architecture.rope_theta))
+    section, theta = _rope_section(config, architecture, window is not None)
     partial = section.positive(
         "partial_rotary_factor", config.positive("partial_rotary_factor", 1.0)
     )
@@ -365,23 +280,52 @@ def _read_rope(
     )
 
 
+def _rope_section(
+    config: ConfigFields, architecture: _Architecture, local: bool
+) -> tuple[ConfigFields, float]:
+    """The scaling and the base; layers with a window may have a base of their own, and no scaling.
+
+    transformers 5 writes one section for each kind of layer, older versions two keys.
+    """
+    section = config.section("rope_parameters") or config.section("rope_scaling")
+    section = section or ConfigFields(config.path, {})
+    theta = config.positive("rope_theta", architecture.rope_theta)
+    if architecture.local_theta is not None:
+        kind = "sliding_attention" if local else "full_attention"
+        by_kind = any(key in section.fields for key in ("sliding_attention", "full_attention"))
+        if by_kind or local:
+            section = section.section(kind) or ConfigFields(config.path, {})
+        if local:
+            theta = config.positive("rope_local_base_freq", architecture.local_theta)
+    return section, section.positive("rope_theta", theta)
+
+
 def _sliding_windows(
-    config: _Config, architecture: _Architecture, count: int, max_context: int
+    config: ConfigFields, architecture: _Architecture, count: int, max_context: int
 ) -> list[int | None]:
     """Return the attention window of each layer, None = the whole context."""
     off: list[int | None] = [None] * count
     switched_off = architecture.sliding == "switched" and not config.switch("use_sliding_window")
-    if architecture.sliding == "never" or switched_off or config.get("sliding_window") is None:
+    default = _GEMMA_WINDOW if architecture.sliding == "by pattern" else None
+    unsaid = config.get("sliding_window") is None and default is None
+    if architecture.sliding == "never" or switched_off or unsaid:
         return off
-    window = config.size("sliding_window")
-    if window >= max_context:
-        return off
+    window = config.size("sliding_window", default)
     kinds = config.get("layer_types")
     if kinds is None:
-        first = config.get("max_window_layers") if architecture.sliding == "switched" else 0
-        first = 28 if first is None else first
-        return [window if type(first) is int and layer >= first else None for layer in range(count)]
+        return _windows_by_index(config, architecture, count, window)
     known = {"sliding_attention": window, "full_attention": None}
     if not isinstance(kinds, list) or len(kinds) != count or not set(map(str, kinds)) <= set(known):
         raise config.fail("layer_types", f"a list of {count} of {', '.join(known)}")
     return [known[str(kind)] for kind in kinds]
+
+
+def _windows_by_index(
+    config: ConfigFields, architecture: _Architecture, count: int, window: int
+) -> list[int | None]:
+    if architecture.sliding == "by pattern":
+        every = config.size("sliding_window_pattern", _GEMMA_PATTERN)
+        return [None if (layer + 1) % every == 0 else window for layer in range(count)]
+    first = config.get("max_window_layers") if architecture.sliding == "switched" else 0
+    first = 28 if first is None else first
+    return [window if type(first) is int and layer >= first else None for layer in range(count)]

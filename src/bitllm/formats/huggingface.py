@@ -1,4 +1,4 @@
-"""Ternary checkpoints as Hugging Face transformers writes them: config.json and safetensors files.
+"""Ternary checkpoints as transformers and MLX write them: config.json and weight files.
 
 Opening a directory reads config.json and the headers of the weight files, and checks that each
 tensor the architecture needs is there with the right shape and dtype, and that no tensor is there
@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import re
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -31,126 +32,58 @@ from bitllm.checkpoint import (
     WeightScales,
 )
 from bitllm.errors import (
-    CheckpointError,
     FormatError,
-    MissingTensorError,
     NotTernaryError,
     QuantizationError,
     TensorShapeError,
     UnsupportedModelError,
 )
-from bitllm.formats.architecture import Quantization, read_model_spec, read_quantization
+from bitllm.formats.architecture import ARCHITECTURES, read_model_spec
 from bitllm.formats.json_file import read_json_object
-from bitllm.formats.repack import (
-    PackedWeights,
-    quantize_masters,
-    read_ternary_values,
-    repack_row_strided,
-)
-from bitllm.formats.safetensors import SafetensorsFile, TensorEntry
+from bitllm.formats.mlx import AffineTensors, find_affine
+from bitllm.formats.pooling import read_pooling
+from bitllm.formats.quantization import Quantization, dense_model, read_quantization
+from bitllm.formats.refusals import refuse_known_models
+from bitllm.formats.repack import PackedWeights, quantize_masters, repack_row_strided
+from bitllm.formats.safetensors import TensorEntry
+from bitllm.formats.tensor_names import MAY_BE_UNUSED, NORMS, TensorNames
+from bitllm.formats.ternary_values import read_one_size, read_ternary_values
+from bitllm.formats.weight_files import FLOATS, WeightFile, entry_of, open_weight_files
 
 __all__ = ["open_huggingface"]
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
 _MAX_REPETITIONS = 3  # in a regular expression of the configuration
-_FLOATS = ("F32", "BF16", "F16")
 _ZERO_WEIGHTS = np.uint8(0b01010101)
+_LARGEST_USUAL_SCALE = 8  # of a ternary weight; 2B-4T has 1 to 2, others less
+_MATRICES = ("embed", "head")
+_ONE = np.asarray(np.float32(1))
 
-_MODULES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_DENSE_SUFFIXES = {
-    "attn_norm": ("input_layernorm",),
-    "ffn_norm": ("post_attention_layernorm",),
-    "attn_sub_norm": ("self_attn.attn_sub_norm", "self_attn.inner_attn_ln"),
-    "ffn_sub_norm": ("mlp.ffn_sub_norm", "mlp.ffn_layernorm"),
-    "q_norm": ("self_attn.q_norm",),
-    "k_norm": ("self_attn.k_norm",),
-}
-# Tensors that may be in a file without being used: tables and copies that can be computed.
-_UNUSED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|self_attn\.masked_bias)$")
-
-_Storage = Literal["packed", "masters", "values"]
+_Storage = Literal["packed", "masters", "values", "affine"]
 
 
 def open_huggingface(directory: Path) -> Checkpoint:
     """Open a model directory in the layout of the Hugging Face Hub.
 
     Args:
-        directory: holds config.json and model.safetensors, or shards with their index.
+        directory: holds config.json and model.safetensors or pytorch_model.bin, or shards of one
+            of them with their index.
 
     Raises:
         CheckpointError: one of its kinds, for whatever is wrong with the files.
     """
     config_file = directory / "config.json"
     fields = read_json_object(config_file)
-    quantization = read_quantization(config_file, fields)
-    files = _open_files(directory)
+    refuse_known_models(config_file, fields, ())
+    read_quantization(config_file, fields)  # says what is wrong before weights are looked for
+    files = open_weight_files(directory)
+    refuse_known_models(config_file, fields, files)
+    quantization = read_quantization(config_file, fields, files)
     spec = read_model_spec(config_file, fields, quantization, files)
+    spec = replace(spec, pooling=read_pooling(directory, spec.architecture))
     source = _HuggingFaceSource(directory, spec, quantization, files)
+    if not quantization.declared and not source.shows_ternary_values():
+        raise dense_model(config_file)
     return Checkpoint(spec, source, str(directory))
-
-
-def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
-    """Map the weight files; return the file of each tensor, by its name there."""
-    if (directory / _INDEX_FILE).is_file():
-        return _open_shards(directory / _INDEX_FILE)
-    if (directory / _SINGLE_FILE).is_file():
-        single = SafetensorsFile(directory / _SINGLE_FILE)
-        return dict.fromkeys(single.entries, single)
-    others = sorted(path.name for path in directory.glob("*") if _looks_like_weights(path))
-    if others:
-        raise UnsupportedModelError(
-            f"{directory}: no {_SINGLE_FILE}, but {', '.join(others[:3])}",
-            hint="bitllm reads safetensors; convert the weights with transformers' save_pretrained",
-        )
-    raise CheckpointError(
-        f"{directory}: neither {_SINGLE_FILE} nor {_INDEX_FILE} is there",
-        hint="download the model again; a Git clone without LFS has no weights",
-    )
-
-
-def _looks_like_weights(path: Path) -> bool:
-    return path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors", ".npz")
-
-
-def _open_shards(index: Path) -> dict[str, SafetensorsFile]:
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{index}: weight_map should map tensor names to files")
-    shards: dict[str, SafetensorsFile] = {}
-    files: dict[str, SafetensorsFile] = {}
-    for name, shard in weight_map.items():
-        # A shard lies beside its index; a path leading elsewhere is not followed.
-        if not isinstance(shard, str) or shard in ("", "..") or PurePosixPath(shard).name != shard:
-            raise FormatError(
-                f"{index}: {name!r} is said to be in {shard!r:.100}, which is no file name"
-            )
-        if shard not in shards:
-            shards[shard] = _open_shard(index, shard)
-        if name not in shards[shard].entries:
-            raise MissingTensorError(
-                f"{index}: {name!r} should be in {shard}, but is not there",
-                hint="index and shards do not belong together; download the model again",
-            )
-        files[name] = shards[shard]
-    return files
-
-
-def _open_shard(index: Path, shard: str) -> SafetensorsFile:
-    if not (index.parent / shard).is_file():
-        raise CheckpointError(
-            f"{index.parent}: the shard {shard} is missing",
-            hint="the download is not complete; fetch the model again",
-        )
-    return SafetensorsFile(index.parent / shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,25 +92,30 @@ class _Projection:
 
     module: str
     storage: _Storage
-    has_scale: bool
+    has_scale: bool = False
+    affine: AffineTensors | None = None
 
 
 class _HuggingFaceSource(MappedSource):
-    """A source over mapped safetensors files."""
+    """A source over mapped weight files."""
 
     def __init__(
         self,
         directory: Path,
         spec: ModelSpec,
         quantization: Quantization,
-        files: Mapping[str, SafetensorsFile],
+        files: Mapping[str, WeightFile],
     ) -> None:
         self._directory = directory
         self._files = files
         self._quantization = quantization
         self._linears = dict(spec.linear_names())
-        self._prefix = "" if "embed_tokens.weight" in files else "model."
-        self._dense_names = {name: self._stored_name(name) for name in spec.dense_shapes()}
+        self._names = TensorNames(spec, files)
+        self._gain_offset = ARCHITECTURES[spec.architecture].gain_offset
+        self._dense_names = {name: self._names.dense(name) for name in spec.dense_shapes()}
+        self._affine = self._find_affine_matrices(spec)
+        self._dequantized: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+        self._warned = False
         self._check_dense(spec)
         self._check_skipped(spec)
         self._projections = {
@@ -186,11 +124,18 @@ class _HuggingFaceSource(MappedSource):
         self._check_unused(spec)
 
     def dense(self, name: str) -> DenseTensor | None:
-        """Return a view of the dense tensor called `name`, or None if the model has none."""
+        """Return the dense tensor called `name`, or None if the model has none.
+
+        A view of the file, but for gains stored less one, and for matrices that MLX quantised.
+        """
         stored = self._dense_names.get(name)
         if stored is None:
             return None
+        if name in self._affine:
+            return self._dequantize(name)
         tensor = self._files[stored].dense(stored)
+        if self._gain_offset and _is_own_norm(name):
+            return DenseTensor(tensor.to_float32() + np.float32(self._gain_offset), "f32")
         if name.endswith(".bias") and self._scales_bias(name.removesuffix(".bias")):
             return self._scaled_bias(name.removesuffix(".bias"), tensor)
         return tensor
@@ -207,6 +152,7 @@ class _HuggingFaceSource(MappedSource):
         file.release(stored)
         if (matrix.packed == _ZERO_WEIGHTS).all():
             warnings.warn(f"{file.path}: every weight of {stored!r} is zero", stacklevel=2)
+        self._warn_of_scale(stored, float(matrix.scales.max()))
         return matrix
 
     def strided(self, name: str) -> StridedMatrix | None:
@@ -218,6 +164,7 @@ class _HuggingFaceSource(MappedSource):
         data: Any = self._files[stored].array(stored)
         with self._naming(stored):
             scale, _ = self._stored_scale(projection, np.float32(1))
+        self._warn_of_scale(stored, float(scale))
         return StridedMatrix(data, self._linears[name].out_features, scale)
 
     def scales(self, name: str) -> WeightScales | None:
@@ -235,6 +182,29 @@ class _HuggingFaceSource(MappedSource):
         """Drop from memory what was read of the files."""
         for file in set(self._files.values()):
             file.release()
+
+    def shows_ternary_values(self) -> bool:
+        """Whether the smallest projection of the first layer holds ternary values."""
+        names = [name for name in self._projections if name.startswith("layers.0.")]
+        name = min(names, key=lambda name: math.prod(self._shape(name)))
+        stored = f"{self._projections[name].module}.weight"
+        with self._naming(stored):
+            return read_ternary_values(self._files[stored].dense(stored)) is not None
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        linear = self._linears[name]
+        return linear.out_features, linear.in_features
+
+    def _warn_of_scale(self, stored: str, scale: float) -> None:
+        """Say once that scales look as if they were meant to divide, or the other way round."""
+        if scale > _LARGEST_USUAL_SCALE and not self._warned:
+            self._warned = True
+            verb = "divides" if self._quantization.convention == "divide" else "multiplies"
+            warnings.warn(
+                f"{self._files[stored].path}: {stored!r} has the weight scale {scale:.3g}, which "
+                f"looks inverted; by linear_class in config.json the stored scale {verb}",
+                stacklevel=3,
+            )
 
     @contextmanager
     def _naming(self, stored: str) -> Iterator[None]:
@@ -258,35 +228,37 @@ class _HuggingFaceSource(MappedSource):
         scale = self._files[name].dense(name).to_float32().reshape(())
         return DenseTensor(bias.to_float32() * scale, "f32")
 
-    def _stored_name(self, name: str) -> str:
-        """The name in the file of a dense tensor with canonical `name`."""
-        top = {
-            "embed": f"{self._prefix}embed_tokens.weight",
-            "head": "lm_head.weight",
-            "final_norm": f"{self._prefix}norm.weight",
+    def _find_affine_matrices(self, spec: ModelSpec) -> dict[str, AffineTensors]:
+        """Embedding and head, where MLX quantised them too."""
+        layout = self._quantization.affine
+        if layout is None:
+            return {}
+        modules = {
+            name: self._names.module(name) for name in _MATRICES if name in self._dense_names
         }
-        if name in top:
-            return top[name]
-        _, layer, part, *rest = name.split(".")
-        prefix = f"{self._prefix}layers.{layer}."
-        if rest:
-            suffix = {"norm": "rms_norm.weight", "bias": "bias"}[rest[0]]
-            return f"{prefix}{_MODULES[part]}.{suffix}"
-        spellings = [f"{prefix}{suffix}.weight" for suffix in _DENSE_SUFFIXES[part]]
-        return next((spelling for spelling in spellings if spelling in self._files), spellings[0])
+        shape = spec.vocab_size, spec.hidden_size
+        return {
+            name: find_affine(self._files, module, shape, layout.of(module))
+            for name, module in modules.items()
+            if f"{module}.scales" in self._files
+        }
 
-    def _entry(self, stored: str) -> TensorEntry:
-        if stored not in self._files:
-            raise MissingTensorError(
-                f"{self._directory}: tensor {stored!r} is missing",
-                hint="download the model again, or check that config.json belongs to these weights",
-            )
-        return self._files[stored].entry(stored)
+    def _dequantize(self, name: str) -> DenseTensor:
+        """The matrix in floating point; made once for all who hold it."""
+        kept = self._dequantized.get(name)
+        if kept is None:
+            tensor = self._affine[name].dequantize()
+            self._dequantized[name] = tensor.data
+            return tensor
+        dtypes: dict[Any, Any] = {"f": "f32", "e": "f16", "H": "bf16"}
+        return DenseTensor(kept, dtypes[kept.dtype.char])
 
     def _check_dense(self, spec: ModelSpec) -> None:
         for name, shape in spec.dense_shapes().items():
+            if name in self._affine:
+                continue
             entry = self._entry(self._dense_names[name])
-            if entry.shape != shape or entry.dtype not in _FLOATS:
+            if entry.shape != shape or entry.dtype not in FLOATS:
                 raise self._wrong(self._dense_names[name], entry, f"F32, BF16 or F16 {[*shape]}")
 
     def _wrong(self, stored: str, entry: TensorEntry, wanted: str) -> TensorShapeError:
@@ -309,7 +281,7 @@ class _HuggingFaceSource(MappedSource):
                     hint="name the modules instead",
                 )
         for name in self._linears:
-            module = self._module(name)
+            module = self._names.module(name)
             if _is_skipped(module, skipped):
                 raise UnsupportedModelError(
                     f"{self._directory}: modules_to_not_convert leaves {module!r} dense; "
@@ -321,22 +293,31 @@ class _HuggingFaceSource(MappedSource):
                 "quantised; that is not supported"
             )
 
-    def _module(self, name: str) -> str:
-        _, layer, part = name.split(".")
-        return f"{self._prefix}layers.{layer}.{_MODULES[part]}"
+    def _entry(self, stored: str) -> TensorEntry:
+        return entry_of(self._files, stored)
 
     def _find_projection(self, name: str, linear: LinearSpec) -> _Projection:
-        module = self._module(name)
+        module = self._names.module(name)
         stored = f"{module}.weight"
-        entry = self._entry(stored)
         out, width = linear.out_features, linear.in_features
+        layout = self._quantization.affine
+        if layout is not None and f"{module}.scales" in self._files:
+            affine = find_affine(self._files, module, (out, width), layout.of(module))
+            return _Projection(module, "affine", affine=affine)
+        entry = self._entry(stored)
         has_scale = f"{module}.weight_scale" in self._files
         if entry.dtype == "U8" and entry.shape == (-(-out // 4), width):
+            if not self._quantization.declared:
+                raise UnsupportedModelError(
+                    f"{self._directory}: {stored!r} is packed, but config.json has no "
+                    "quantization_config to say whether its scale multiplies or divides",
+                    hint="take config.json from the repository that the weights came from",
+                )
             if not has_scale:
                 self._entry(f"{module}.weight_scale")
             self._check_scale(f"{module}.weight_scale")
             return _Projection(module, "packed", has_scale)
-        if entry.dtype not in _FLOATS or entry.shape != (out, width):
+        if entry.dtype not in FLOATS or entry.shape != (out, width):
             raise self._wrong(
                 stored,
                 entry,
@@ -344,12 +325,12 @@ class _HuggingFaceSource(MappedSource):
             )
         if has_scale:
             self._check_scale(f"{module}.weight_scale")
-        masters = self._quantization.online and not has_scale
-        return _Projection(module, "masters" if masters else "values", has_scale)
+        storage = "values" if has_scale else self._quantization.weights
+        return _Projection(module, storage, has_scale)
 
     def _check_scale(self, stored: str) -> None:
         entry = self._entry(stored)
-        if math.prod(entry.shape) != 1 or entry.dtype not in _FLOATS:
+        if math.prod(entry.shape) != 1 or entry.dtype not in FLOATS:
             raise self._wrong(stored, entry, "one number in F32, BF16 or F16")
 
     def _check_unused(self, spec: ModelSpec) -> None:
@@ -360,7 +341,11 @@ class _HuggingFaceSource(MappedSource):
             used.add(f"{projection.module}.weight_scale")
         if spec.tied_head:
             used.add("lm_head.weight")
-        unused = [name for name in self._files if name not in used and not _UNUSED.search(name)]
+        modules = [p.module for p in self._projections.values() if p.affine is not None]
+        modules += [affine.module for affine in self._affine.values()]
+        modules += ["lm_head"] if spec.tied_head and self._quantization.affine else []
+        used.update(f"{module}.{part}" for module in modules for part in ("scales", "biases"))
+        unused = [name for name in self._files if not (name in used or MAY_BE_UNUSED.search(name))]
         if unused:
             raise UnsupportedModelError(
                 f"{self._directory}: {len(unused)} tensors have no place in {spec.architecture}, "
@@ -370,17 +355,22 @@ class _HuggingFaceSource(MappedSource):
             )
 
     def _read(self, projection: _Projection, linear: LinearSpec) -> TernaryMatrix:
+        if projection.affine is not None:
+            return _matrix(projection.affine.read_ternary(), linear)
         stored = f"{projection.module}.weight"
         file = self._files[stored]
         if projection.storage == "packed":
             data: Any = file.array(stored)
             packed = repack_row_strided(data, linear.out_features)
-            return self._with_stored_scale(projection, linear, PackedWeights(packed, np.float32(1)))
+            return self._with_stored_scale(projection, linear, PackedWeights(packed, _ONE))
         weights = file.dense(stored)
-        found = read_ternary_values(weights)
         if projection.storage == "masters":
-            found = found or quantize_masters(weights)
-            return TernaryMatrix(found.packed, linear.in_features, np.asarray(found.scale))
+            return _matrix(read_one_size(weights) or quantize_masters(weights), linear)
+        found = (
+            read_one_size(weights)
+            if projection.has_scale
+            else read_ternary_values(weights, self._quantization.shards)
+        )
         if found is None:
             raise NotTernaryError(
                 "the weights are not ternary, although config.json says that they were quantised",
@@ -388,17 +378,18 @@ class _HuggingFaceSource(MappedSource):
             )
         if projection.has_scale:
             return self._with_stored_scale(projection, linear, found)
-        return TernaryMatrix(found.packed, linear.in_features, np.asarray(found.scale))
+        return _matrix(found, linear)
 
     def _with_stored_scale(
         self, projection: _Projection, linear: LinearSpec, weights: PackedWeights
     ) -> TernaryMatrix:
-        scale, stored = self._stored_scale(projection, weights.scale)
+        size = np.float32(weights.scales)
+        scale, stored = self._stored_scale(projection, size)
         return TernaryMatrix(
             weights.packed,
             linear.in_features,
             scale,
-            source_scales=stored if weights.scale == 1 else None,
+            source_scales=stored if size == 1 else None,
             source_convention=self._quantization.convention,
         )
 
@@ -420,6 +411,16 @@ class _HuggingFaceSource(MappedSource):
         if not (np.isfinite(scale) and scale > 0 and np.isfinite(value)):
             raise FormatError(f"the weight scale {value} is not a positive number")
         return np.asarray(scale, np.float32), stored
+
+
+def _matrix(weights: PackedWeights, linear: LinearSpec) -> TernaryMatrix:
+    return TernaryMatrix(weights.packed, linear.in_features, weights.scales, weights.group_size)
+
+
+def _is_own_norm(name: str) -> bool:
+    """Whether a tensor is a norm of the architecture, and not one that precedes a projection."""
+    _, _, part = name.rpartition(".")
+    return name == "final_norm" or part in NORMS
 
 
 def _may_run_for_ever(pattern: str) -> bool:

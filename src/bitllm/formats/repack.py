@@ -4,7 +4,8 @@ The canonical packing (`bitllm.checkpoint.TernaryMatrix`) holds four neighbours 
 The layout of Hugging Face transformers holds in one byte four rows that lie ceil(out / 4) apart:
 byte[r, k] = sum over i of (code[r + i * ceil(out / 4), k] + 1) << 2i.
 Neither is unpacked here into one value per byte for more than a band of rows, so that a conversion
-needs little more memory than its result.
+needs little more memory than its result. Dense matrices that hold ternary values are read in
+`bitllm.formats.ternary_values`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from bitllm.errors import FormatError, QuantizationError
 
 __all__ = [
     "PackedWeights",
+    "coarsest_scales",
+    "float_bands",
+    "pack_codes",
     "quantize_masters",
-    "read_ternary_values",
+    "refuse_code_three",
     "repack_row_strided",
+    "row_bands",
 ]
 
 U8 = npt.NDArray[np.uint8]
@@ -41,10 +46,11 @@ _LOW_PAIRS = np.uint32(0x03030303)
 
 @dataclass(frozen=True, slots=True)
 class PackedWeights:
-    """Canonically packed codes, uint8 [out, ceil(in / 4)], and the scale of all of them."""
+    """Canonically packed codes and their scales; fields as in `bitllm.checkpoint.TernaryMatrix`."""
 
     packed: U8
-    scale: np.float32
+    scales: F32
+    group_size: int | None = None
 
 
 def repack_row_strided(stored: U8, out_features: int) -> U8:
@@ -63,7 +69,7 @@ def repack_row_strided(stored: U8, out_features: int) -> U8:
     rows, in_features = stored.shape
     packed = np.empty((out_features, -(-in_features // 4)), np.uint8)
     any_bit = False
-    for band in _bands(rows, in_features):
+    for band in row_bands(rows, in_features):
         words = _as_words(stored[band])
         any_bit = any_bit or bool(stored[band].any())
         for place in range(4):
@@ -71,7 +77,7 @@ def repack_row_strided(stored: U8, out_features: int) -> U8:
             last = min(band.stop + place * rows, out_features)
             if first < last:
                 packed[first:last] = _pack_words(words[: last - first] >> np.uint32(2 * place))
-                _refuse_code_three(packed[first:last], first)
+                refuse_code_three(packed[first:last], first)
     if not any_bit and stored.size >= _SUSPICIOUS_ZERO_BYTES:
         raise FormatError(
             "all bytes are zero, so every weight would be -1",
@@ -80,31 +86,22 @@ def repack_row_strided(stored: U8, out_features: int) -> U8:
     return packed
 
 
-def read_ternary_values(weights: DenseTensor) -> PackedWeights | None:
-    """Read weights that already are ternary: 0 and one size s, up to the sign.
-
-    The absmean of such a matrix would be s times the fraction of weights that are not zero, so it
-    must not be quantised again.
+def coarsest_scales(scales: F32, group_size: int) -> tuple[F32, int | None]:
+    """Say the same scales with as few numbers as can be.
 
     Args:
-        weights: [out, in].
+        scales: float32 [out, groups], of groups of `group_size` along a row.
+        group_size: columns of a group.
 
     Returns:
-        Codes and s, or None if there are weights of two different sizes, or none but zeros.
-
-    Raises:
-        QuantizationError: NaN or infinity.
+        float32 () if all are equal, [out] if those of each row are, otherwise as they came; and
+        the group size, or None.
     """
-    scale = np.float32(0)
-    for values in _float_bands(weights):
-        sizes = np.abs(values)
-        largest = np.float32(sizes.max())
-        if largest == 0:
-            continue
-        if scale not in (0, largest) or ((sizes != 0) & (sizes != largest)).any():
-            return None
-        scale = largest
-    return None if scale == 0 else PackedWeights(_pack_codes(weights, np.sign), scale)
+    if (scales == scales[0, 0]).all():
+        return np.asarray(scales[0, 0]), None
+    if (scales == scales[:, :1]).all():
+        return np.ascontiguousarray(scales[:, 0]), None
+    return np.ascontiguousarray(scales), group_size
 
 
 def quantize_masters(weights: DenseTensor) -> PackedWeights:
@@ -120,33 +117,37 @@ def quantize_masters(weights: DenseTensor) -> PackedWeights:
     """
     sums = [
         np.add.reduceat(np.abs(values), [0], axis=1, dtype=np.float64)
-        for values in _float_bands(weights)
+        for values in float_bands(weights)
     ]
     mean = np.float32(np.concatenate(sums).sum() / weights.data.size)
     scale = np.maximum(mean, _SMALLEST_SCALE)
     inverse = np.float32(1.0) / scale
-    return PackedWeights(
-        _pack_codes(weights, lambda values: np.clip(np.rint(values * inverse), -1, 1)), scale
-    )
+    packed = pack_codes(weights, lambda values: np.clip(np.rint(values * inverse), -1, 1))
+    return PackedWeights(packed, np.asarray(scale))
 
 
-def _pack_codes(weights: DenseTensor, to_codes: Callable[[F32], F32]) -> U8:
+def pack_codes(weights: DenseTensor, to_codes: Callable[[F32], F32]) -> U8:
+    """Pack what `to_codes` makes of float32 [rows, in]: -1, 0 and +1; uint8 [out, ceil(in / 4)]."""
     packed = np.empty((weights.shape[0], -(-weights.shape[1] // 4)), np.uint8)
-    for band, values in zip(_bands(*weights.shape), _float_bands(weights), strict=True):
+    for band, values in zip(row_bands(*weights.shape), float_bands(weights), strict=True):
         packed[band] = _pack_words(_as_words((to_codes(values) + 1).astype(np.uint8)))
     return packed
 
 
-def _bands(rows: int, columns: int) -> Iterator[slice]:
+def row_bands(rows: int, columns: int) -> Iterator[slice]:
     """Cut the rows of a matrix into bands of about a million elements."""
     step = max(1, _BAND_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def _float_bands(weights: DenseTensor) -> Iterator[F32]:
-    """Yield float32 [rows, in], band by band."""
-    for band in _bands(*weights.shape):
+def float_bands(weights: DenseTensor) -> Iterator[F32]:
+    """Yield float32 [rows, in], band by band.
+
+    Raises:
+        QuantizationError: NaN or infinity.
+    """
+    for band in row_bands(*weights.shape):
         values = DenseTensor(weights.data[band], weights.dtype).to_float32()
         finite = np.isfinite(values)
         if not finite.all():
@@ -174,7 +175,12 @@ def _pack_words(words: U32) -> U8:
     return (((words & _LOW_PAIRS) * _GATHER) >> np.uint32(24)).astype(np.uint8)
 
 
-def _refuse_code_three(packed: U8, first_row: int) -> None:
+def refuse_code_three(packed: U8, first_row: int = 0) -> None:
+    """Look for the code 3 in canonically packed rows.
+
+    Raises:
+        FormatError: it is there; names the row, counted from `first_row`.
+    """
     wrong = (packed & (packed >> np.uint8(1)) & _LOW_BITS).any(axis=1)
     if wrong.any():
         raise FormatError(
