@@ -92,13 +92,15 @@ def _plan_lines(conversion: Conversion) -> Iterator[str]:
     yield f"from    {conversion.files.name} ({conversion.checkpoint.spec.architecture})"
     yield f"to      {conversion.target} ({plan.format})"
     yield ""
-    yield f"{'tensor':<28}  {'type':<5} {'count':>6}  {'shape':>16}  {'size':>9}"
-    for (part, dtype, shape), (count, nbytes) in _grouped(plan).items():
-        sizes = " x ".join(map(str, shape))
-        size = format_bytes(nbytes)
-        yield f"{part:<28}  {dtype:<5} {count:>6}  {sizes:>16}  {size:>9}"
-    total = format_bytes(plan.nbytes)
-    yield f"{'all files':<28}  {'':<5} {len(plan.tensors):>6}  {'':>16}  {total:>9}"
+    rows = [("tensor", "type", "count", "shape", "size")]
+    rows += [
+        (part, dtype, str(count), " x ".join(map(str, shape)), format_bytes(nbytes))
+        for (part, dtype, shape), (count, nbytes) in _grouped(plan).items()
+    ]
+    rows.append(("all files", "", str(len(plan.tensors)), "", format_bytes(plan.nbytes)))
+    width = max(len(row[0]) for row in rows)
+    for part, dtype, count, shape, size in rows:
+        yield f"{part:<{width}}  {dtype:<5}  {count:>5}  {shape:>14}  {size:>8}"
     if plan.errors:
         yield ""
         yield (

@@ -11,7 +11,8 @@ import numpy as np
 
 from bitllm.checkpoint import LINEAR_NAMES, LayerSpec, ModelSpec, ScaleConvention
 from bitllm.errors import UnsupportedModelError
-from bitllm.formats.architecture import read_model_spec, read_quantization
+from bitllm.formats.architecture import read_model_spec
+from bitllm.formats.quantization import read_quantization
 from bitllm.formats.writers.differences import spec_differences
 from bitllm.formats.writers.texts import CONFIG_FILE, ModelTexts
 
@@ -132,7 +133,7 @@ def _says(fields: Mapping[str, Any], spec: ModelSpec, convention: ScaleConventio
     if fields["quantization_config"].get("quant_method") != "bitnet" or "quantization" in fields:
         return False
     found = read_quantization(Path(CONFIG_FILE), fields)
-    return found.convention == convention and not found.online
+    return found.convention == convention and found.weights == "values"
 
 
 def _check_config(spec: ModelSpec, fields: Mapping[str, Any], tensors: Collection[str]) -> None:
@@ -142,7 +143,7 @@ def _check_config(spec: ModelSpec, fields: Mapping[str, Any], tensors: Collectio
         UnsupportedModelError: names the first thing that differs.
     """
     path = Path(CONFIG_FILE)
-    found = read_model_spec(path, fields, read_quantization(path, fields), tensors)
+    found = read_model_spec(path, fields, read_quantization(path, fields, tensors), tensors)
     different = spec_differences(spec, found)
     if not different:
         return

@@ -22,6 +22,7 @@ from bitllm.checkpoint import (
     WeightScales,
 )
 from bitllm.errors import UnsupportedModelError
+from bitllm.formats.tensor_names import TensorNames
 from bitllm.formats.writers.config import default_convention, plan_config
 from bitllm.formats.writers.dense import dense_chunks, narrowed, relative_error, round_to
 from bitllm.formats.writers.layouts import row_strided
@@ -37,51 +38,18 @@ SHARD_BYTES = 5 * 10**9
 STORED_DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 """Dtypes as safetensors files call them."""
 
-_MODULES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_NORMS = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_sub_norm": "self_attn.attn_sub_norm",
-    "ffn_sub_norm": "mlp.ffn_sub_norm",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-}
-_TOP = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-}
-
 
 def stored_names(spec: ModelSpec) -> dict[str, str]:
     """Return the names in the file, by canonical name; of a projection, the one of its module.
 
     Raises:
-        UnsupportedModelError: a tensor that no class of transformers with these layers has.
+        UnsupportedModelError: gains that are stored less one.
     """
-    names = {name: _stored_name(name) for name in spec.dense_shapes()}
-    return names | {name: _stored_name(name) for name, _ in spec.linear_names()}
-
-
-def _stored_name(name: str) -> str:
-    if name in _TOP:
-        return _TOP[name]
-    _, layer, part, *rest = name.split(".")
-    prefix = f"model.layers.{layer}."
-    if part in _NORMS:
-        return f"{prefix}{_NORMS[part]}.weight"
-    if part not in _MODULES:
-        raise UnsupportedModelError(f"the packed Hugging Face format has no place for {name!r}")
-    suffix = {"": "", "norm": ".rms_norm.weight", "bias": ".bias"}["".join(rest)]
-    return f"{prefix}{_MODULES[part]}{suffix}"
+    if any(layer.post_norms for layer in spec.layers):
+        raise UnsupportedModelError("models with post-norms (Gemma) are read, but not written")
+    names = TensorNames(spec, ())
+    dense = {name: names.dense(name) for name in spec.dense_shapes()}
+    return dense | {name: names.module(name) for name, _ in spec.linear_names()}
 
 
 def plan_huggingface(
@@ -109,12 +77,13 @@ def plan_huggingface(
         convention = _source_convention(scales) or default_convention(spec)
     dtype = checkpoint.dense("embed").dtype
     stored = {name: stored_scale(name, scale, convention) for name, scale in scales.items()}
+    names = stored_names(spec)
     tensors = [
-        *_dense_tensors(checkpoint, texts, stored, convention),
-        *_packed_tensors(checkpoint, stored),
+        *_dense_tensors(checkpoint, names, texts, stored, convention),
+        *_packed_tensors(checkpoint, names, stored),
     ]
-    names = [tensor.name for tensor in tensors]
-    config = plan_config(spec, texts, convention, tensors=names, dtype=dtype)
+    written = [tensor.name for tensor in tensors]
+    config = plan_config(spec, texts, convention, tensors=written, dtype=dtype)
     files = [
         *plan_safetensors(tensors, {"format": "pt"}, shard_bytes),
         PlannedFile.of(CONFIG_FILE, config),
@@ -170,10 +139,10 @@ def applied(stored: DenseTensor, convention: ScaleConvention) -> npt.NDArray[np.
 
 
 def _packed_tensors(
-    checkpoint: Checkpoint, stored: dict[str, DenseTensor]
+    checkpoint: Checkpoint, names: dict[str, str], stored: dict[str, DenseTensor]
 ) -> Iterator[PlannedTensor]:
     for name, linear in checkpoint.spec.linear_names():
-        module = _stored_name(name)
+        module = names[name]
         shape = (-(-linear.out_features // 4), linear.in_features)
 
         def codes(name: str = name) -> Chunks:
@@ -198,6 +167,7 @@ def _plan(stored_name: str, origin: str, tensor: DenseTensor) -> PlannedTensor:
 
 def _dense_tensors(
     checkpoint: Checkpoint,
+    names: dict[str, str],
     texts: ModelTexts,
     scales: dict[str, DenseTensor],
     convention: ScaleConvention,
@@ -213,11 +183,11 @@ def _dense_tensors(
         linear = name.removesuffix(".bias")
         if linear != name and convention == "multiply":
             # transformers multiplies the bias by the scale too, and so do readers.
-            yield _plan(_stored_name(name), name, _unscaled(tensor, scales[linear], dtype))
+            yield _plan(names[name], name, _unscaled(tensor, scales[linear], dtype))
         elif texts.config is None and len(tensor.shape) == 1:
-            yield _plan(_stored_name(name), name, narrowed(tensor, dtype))
+            yield _plan(names[name], name, narrowed(tensor, dtype))
         else:
-            yield plan_dense(checkpoint, name, _stored_name(name), tensor)
+            yield plan_dense(checkpoint, name, names[name], tensor)
 
 
 def plan_dense(
