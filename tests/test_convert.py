@@ -21,10 +21,10 @@ from bitllm.checkpoint import Checkpoint, TernaryMatrix
 from bitllm.cli.app import app
 from bitllm.convert import plan_conversion, run_conversion
 from bitllm.convert.verify import verify
+from bitllm.engine.loading import open_tokenizer
 from bitllm.errors import CheckpointError, ConfigError, ConversionError, UnsupportedModelError
 from bitllm.formats import open_checkpoint
 from bitllm.formats.writers.differences import spec_differences
-from bitllm.tokenizer import load_tokenizer
 from interrupted import process_to_interrupt
 from model_directories import SUB_NORMS, same_weights, write_huggingface
 from synthetic import MemorySource
@@ -94,7 +94,7 @@ def test_every_code_and_the_tokenizer_arrive(
         same_weights(before, after)
     for name, _ in before.spec.linear_names():
         assert (before.ternary(name).packed == after.ternary(name).packed).all()
-    one, two = load_tokenizer(origin), load_tokenizer(goal)
+    one, two = open_tokenizer(origin), open_tokenizer(goal)
     for text in TEXTS:
         assert one.encode(text) == two.encode(text)
     assert (one.bos_id, one.stop_ids) == (two.bos_id, two.stop_ids)

@@ -18,8 +18,9 @@ from tokenizers.pre_tokenizers import Split
 
 from bitllm.checkpoint import Checkpoint, RopeSpec, TernaryMatrix
 from bitllm.errors import TokenizerError, UnsupportedModelError
+from bitllm.formats.gguf.checkpoint import neighbour_order
 from bitllm.formats.writers import write_file
-from bitllm.formats.writers.gguf import neighbour_order, plan_gguf
+from bitllm.formats.writers.gguf import plan_gguf
 from bitllm.formats.writers.gguf_tokenizer import (
     EMBEDDED_TOKENIZER,
     PRE_TOKENIZERS,
@@ -281,7 +282,7 @@ def test_a_byte_level_tokenizer_in_the_gguf_package(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     size = tokenizer.get_vocab_size()
     text = make_texts(tokenizer).files["tokenizer.json"]
-    facts = TokenizerFacts(size - 4, size - 3, size - 2, None, True, TEMPLATE)
+    facts = TokenizerFacts(size - 4, size - 3, size - 2, True, TEMPLATE)
     tokens, notes = tokenizer_metadata(text, facts, size + 3)
     spec = sized_spec(size + 3, **BITNET)
     reader = write(tmp_path / "m.gguf", random_checkpoint(spec), "tq2_0", tokenizer=tokens)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -37,9 +37,11 @@ from bitllm.errors import ConfigError, MissingTensorError, TensorShapeError
 from bitllm.ternary import pack, unpack
 
 __all__ = [
+    "DTYPE_BYTES",
     "LINEAR_NAMES",
     "Activation",
     "Checkpoint",
+    "DenseDtype",
     "DenseTensor",
     "LayerSpec",
     "LinearSpec",
@@ -58,6 +60,8 @@ LINEAR_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 
 Activation = Literal["relu2", "silu", "gelu_tanh"]
 DenseDtype = Literal["f32", "bf16", "f16"]
+DTYPE_BYTES: Mapping[DenseDtype, int] = {"f32": 4, "bf16": 2, "f16": 2}
+"""Bytes of a value, by the dtype of a dense tensor."""
 ScaleConvention = Literal["multiply", "divide"]
 
 
@@ -475,6 +479,15 @@ class MappedSource(ABC):
         """Return the scales of the matrix called `name` if they can be had without its codes."""
         return None
 
+    def dense_dtype(self, name: str) -> DenseDtype | None:
+        """Return the dtype of the dense tensor called `name`, or None; decodes nothing."""
+        tensor = self.dense(name)
+        return None if tensor is None else tensor.dtype
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether the dense tensor called `name` is a view of a file; if not, it takes memory."""
+        return True
+
     @abstractmethod
     def release(self) -> None:
         """Drop from memory what was read of the files; it is read again where it is used again."""
@@ -500,6 +513,20 @@ class Checkpoint:
             raise self._missing(name)
         self._check_shape(name, tensor.shape, self.spec.dense_shape(name))
         return tensor
+
+    def dense_dtype(self, name: str) -> DenseDtype:
+        """Return the dtype of the dense tensor called `name`, without decoding its values.
+
+        Raises:
+            MissingTensorError: the checkpoint has no such tensor.
+        """
+        source = self.source
+        found = source.dense_dtype(name) if isinstance(source, MappedSource) else None
+        return found or self.dense(name).dtype
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether the dense tensor called `name` is a view of a file, which takes no memory."""
+        return not isinstance(self.source, MappedSource) or self.source.is_mapped(name)
 
     def ternary(self, name: str) -> TernaryMatrix:
         """Read the ternary matrix called `name` into the canonical packing.

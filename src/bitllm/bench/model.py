@@ -15,8 +15,8 @@ from bitllm.bench.roofline import Limits, Rates
 from bitllm.bench.steps import Sequences
 from bitllm.bench.timing import Spread, repeat, seconds
 from bitllm.checkpoint import ModelSpec
+from bitllm.engine.loading import open_tokenizer
 from bitllm.formats import open_checkpoint
-from bitllm.tokenizer import load_tokenizer
 
 __all__ = ["HeadUse", "Loading", "SpeedRow", "StageRow", "Timed", "TimedStage", "Workbench"]
 
@@ -241,7 +241,7 @@ class Workbench:
     def _tokenizer_seconds(self) -> float | None:
         if not (self._path / "tokenizer.json").exists():
             return None
-        return seconds(lambda: load_tokenizer(self._path))
+        return seconds(lambda: open_tokenizer(self._path))
 
     def _sequences(self, count: int, context: int) -> Sequences:
         return Sequences(self.decoder, count, context, self._options.max_batch_tokens)

@@ -15,6 +15,8 @@ from bitllm.cli.terminal import emit, emit_json, format_count
 from bitllm.errors import TokenizerError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bitllm.checkpoint import LayerSpec, ModelSpec
     from bitllm.config import EngineOptions
     from bitllm.formats import ModelFiles
@@ -31,7 +33,7 @@ __all__ = ["info"]
 def info(ref: str | None, tensors: bool, as_json: bool, **options: Any) -> None:
     """Show what a model is and what it needs, without loading it.
 
-    REF is a directory or file, or org/name[@revision] on the Hugging Face Hub, which is downloaded
+    REF is a directory or file (GGUF too), or org/name[@revision] on the Hugging Face Hub, which is downloaded
     if it is not in the cache; without REF, BITLLM_MODEL, or else the demo model inside bitllm.
 
     \b
@@ -56,8 +58,7 @@ def info(ref: str | None, tensors: bool, as_json: bool, **options: Any) -> None:
         "text": _describe_text(files),
         "files": [
             {"name": path.name, "bytes": path.stat().st_size}
-            for path in sorted(files.path.iterdir())
-            if path.is_file()
+            for path in _model_files(files)
         ],
         "types": _by_type(stored),
         "memory": {**dataclasses.asdict(plan), "total": plan.total, "fits": plan.fits},
@@ -109,14 +110,13 @@ def count_parameters(spec: ModelSpec) -> dict[str, int]:
 
 def _describe_text(files: ModelFiles) -> dict[str, Any]:
     """Return what is known of tokenizer and generation; a broken tokenizer is told, not raised."""
-    from bitllm.engine.loading import model_defaults
+    from bitllm.engine.loading import model_defaults, open_tokenizer
     from bitllm.engine.request import describe_defaults
     from bitllm.formats import read_generation_config
-    from bitllm.tokenizer import load_tokenizer
 
     suggested = read_generation_config(files.path)
     try:
-        tokenizer = load_tokenizer(files.path)
+        tokenizer = open_tokenizer(files.path)
     except TokenizerError as error:
         return {"error": error.message}
     defaults = model_defaults(suggested, tokenizer.stop_ids)
@@ -148,10 +148,26 @@ def _packing(spec: ModelSpec, settings: EngineOptions) -> dict[str, str] | None:
     return dataclasses.asdict(choice)
 
 
+def _model_files(files: ModelFiles) -> list[Path]:
+    """Return the files of a directory, or those of a GGUF model."""
+    from bitllm.formats.gguf import GgufModel
+
+    if files.path.is_file():
+        return [file.path for file in GgufModel(files.path).files]
+    return sorted(path for path in files.path.iterdir() if path.is_file())
+
+
 def _stored_tensors(files: ModelFiles) -> Iterator[dict[str, Any]]:
     """Yield name, dtype, shape and bytes of each tensor in the weight files."""
+    from bitllm.formats.gguf import GgufModel, find_gguf
     from bitllm.formats.safetensors import SafetensorsFile
 
+    gguf = find_gguf(files.path)
+    if gguf is not None:
+        for tensor in GgufModel(gguf).tensors.values():
+            size, shape = tensor.stop - tensor.start, list(tensor.shape)
+            yield {"name": tensor.name, "dtype": tensor.type.name, "shape": shape, "bytes": size}
+        return
     for path in sorted(files.path.glob("model*.safetensors")):
         for name, entry in SafetensorsFile(path).entries.items():
             size = entry.stop - entry.start
@@ -190,11 +206,11 @@ def _lines(facts: Mapping[str, Any], memory_table: str) -> Iterator[str]:
     yield ""
     yield "tensors"
     for dtype, total in facts["types"].items():
-        yield f"  {dtype:<5} {total['tensors']:>6}  {format_bytes(total['bytes']):>9}"
+        yield f"  {dtype:<9} {total['tensors']:>6}  {format_bytes(total['bytes']):>9}"
     for tensor in facts.get("tensors", ()):
         shape = " x ".join(map(str, tensor["shape"])) or "scalar"
         size = format_bytes(tensor["bytes"])
-        yield f"  {tensor['name']:<56} {tensor['dtype']:<5} {shape:>16}  {size:>9}"
+        yield f"  {tensor['name']:<56} {tensor['dtype']:<9} {shape:>16}  {size:>9}"
     yield ""
     verdict = "fits" if memory["fits"] else "does not fit"
     yield f"memory for a context of {memory['context']} tokens: {verdict}"

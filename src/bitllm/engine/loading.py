@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import TypedDict, Unpack
 
 from bitllm.backends import get_backend
 from bitllm.backends.base import LoadOptions
-from bitllm.checkpoint import Checkpoint, DenseTensor, MappedSource, StridedMatrix, TernaryMatrix
+from bitllm.checkpoint import (
+    Checkpoint,
+    DenseDtype,
+    DenseTensor,
+    MappedSource,
+    StridedMatrix,
+    TernaryMatrix,
+)
 from bitllm.config import EngineOptions, HeadName, KvDtype, PackingName, SamplingParams
 from bitllm.engine.llm import LLM
 from bitllm.engine.memory_plan import plan_memory
@@ -18,18 +27,23 @@ from bitllm.engine.request import ModelDefaults
 from bitllm.errors import ConfigError, FormatError
 from bitllm.formats import (
     GenerationDefaults,
+    find_gguf,
     open_checkpoint,
     read_generation_config,
+    read_gguf_texts,
     resolve_model,
 )
-from bitllm.tokenizer import load_tokenizer
+from bitllm.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer, read_backend
 
-__all__ = ["EngineKeywords", "load", "model_defaults"]
+__all__ = ["EngineKeywords", "load", "model_defaults", "open_tokenizer"]
 
 DEMO_NOTICE = (
     "bitllm: no model named, so this is the small demo model that comes with the package; "
     "for a real one try microsoft/bitnet-b1.58-2B-4T"
 )
+
+
+_COMPARED_TOKENS = 256  # enough to tell vocabularies apart
 
 
 class EngineKeywords(TypedDict, total=False):
@@ -59,7 +73,7 @@ def load(
         llm = bitllm.load("microsoft/bitnet-b1.58-2B-4T", threads=4, context=2048)
 
     Args:
-        ref: a local directory or file, "org/name" or "org/name@revision" on the Hugging Face Hub;
+        ref: a local directory or file (GGUF too), "org/name" or "org/name@revision" on the Hugging Face Hub;
             None = the demo model that comes with bitllm (a line on stderr says so).
         revision: branch, tag or commit on the Hub.
         progress: called with (done, total) after each ternary matrix, the bulk of the work.
@@ -80,7 +94,7 @@ def load(
     checkpoint = open_checkpoint(files.path)
     plan = plan_memory(checkpoint, settings)
     plan.check(files.name)
-    tokenizer = load_tokenizer(files.path)
+    tokenizer = open_tokenizer(files.path)
     defaults = model_defaults(read_generation_config(files.path), tokenizer.stop_ids)
     decoder = backend.load(
         checkpoint if progress is None else _counted(checkpoint, progress),
@@ -105,6 +119,40 @@ def load(
     )
 
 
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Load the tokenizer of a model.
+
+    For a GGUF file that is the tokenizer.json beside it, if it has the same vocabulary, or else
+    what the file's metadata say.
+
+    Args:
+        path: a model directory, or a GGUF file.
+
+    Raises:
+        TokenizerError: a file of the tokenizer is missing or broken.
+        CheckpointError: the GGUF file is broken.
+    """
+    file = find_gguf(path)
+    if file is None:
+        return load_tokenizer(path)
+    texts = read_gguf_texts(file)
+    directory, tokens = file.parent, texts.get("tokenizer.ggml.tokens") or []
+    if not (directory / "tokenizer.json").is_file():
+        return gguf_tokenizer(texts, file.name)
+    backend = read_backend(directory)
+    sample = range(0, len(tokens), max(1, len(tokens) // _COMPARED_TOKENS))
+    if any(backend.id_to_token(id) != tokens[id] for id in sample):
+        warnings.warn(
+            f"{directory / 'tokenizer.json'} has another vocabulary than {file.name}, whose own "
+            "is used",
+            stacklevel=2,
+        )
+        return gguf_tokenizer(texts, file.name)
+    if tokens and not (directory / "tokenizer_config.json").is_file():
+        return gguf_tokenizer(texts, file.name, backend)
+    return load_tokenizer(directory)
+
+
 class _CountedSource(MappedSource):
     """A source that tells how many ternary matrices have been read of a checkpoint."""
 
@@ -116,6 +164,12 @@ class _CountedSource(MappedSource):
 
     def dense(self, name: str) -> DenseTensor | None:
         return self._checkpoint.source.dense(name)
+
+    def dense_dtype(self, name: str) -> DenseDtype | None:
+        return self._checkpoint.dense_dtype(name)
+
+    def is_mapped(self, name: str) -> bool:
+        return self._checkpoint.is_mapped(name)
 
     def ternary(self, name: str) -> TernaryMatrix | None:
         matrix = self._checkpoint.source.ternary(name)

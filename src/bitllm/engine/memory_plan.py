@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from bitllm.backends import choose_device
 from bitllm.backends.base import KV_BLOCK_SIZE
 from bitllm.backends.sizes import kv_bytes_per_token, rounded_head_bytes, ternary_bytes
-from bitllm.checkpoint import Checkpoint, ModelSpec
+from bitllm.checkpoint import DTYPE_BYTES, Checkpoint, ModelSpec
 from bitllm.config import EngineOptions
 from bitllm.errors import ConfigError, InsufficientMemoryError
 
@@ -188,21 +189,26 @@ def plan_memory(
 def _weight_bytes(checkpoint: Checkpoint, device: str, options: EngineOptions) -> int:
     """Return the bytes of all tensors as `device` holds them; dense tensors as stored.
 
-    The CPU backend leaves embedding and head in the mapped file. They count where each token reads
-    the whole head; not where a rounded copy of it says which rows are to be read. Scales are one
+    The CPU backend leaves embedding and head in the mapped file, unless they had to be decoded. They
+    count where each token reads the whole head; not where a rounded copy of it says which rows are
+    to be read. Scales are one
     number a matrix or a row, against thousands of weights, and not counted.
     """
     spec = checkpoint.spec
-    dense = {name: checkpoint.dense(name) for name in spec.dense_shapes()}
-    stored = sum(tensor.nbytes for tensor in dense.values())
+    value_bytes = {name: DTYPE_BYTES[checkpoint.dense_dtype(name)] for name in spec.dense_shapes()}
+    dense = {
+        name: math.prod(shape) * value_bytes[name] for name, shape in spec.dense_shapes().items()
+    }
+    stored = sum(dense.values())
     if device == "reference":
         return stored + REFERENCE_CODE_BITS * ternary_bytes(spec, "2bit") // 2
     # What "auto" means is known when the model is loaded: the larger packing is planned for.
     packed = ternary_bytes(spec, "2bit" if options.packing == "auto" else options.packing)
-    head = dense["embed" if spec.tied_head else "head"]
-    rounded = rounded_head_bytes(spec, options.head, head.data.itemsize)
+    head = "embed" if spec.tied_head else "head"
+    rounded = rounded_head_bytes(spec, options.head, value_bytes[head])
     if rounded:
-        stored -= sum(dense[name].nbytes for name in ("embed", "head") if name in dense)
+        mapped = [name for name in ("embed", "head") if name in dense]
+        stored -= sum(dense[name] for name in mapped if checkpoint.is_mapped(name))
     return stored + packed + rounded
 
 

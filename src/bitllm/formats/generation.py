@@ -38,12 +38,13 @@ def read_generation_config(path: Path) -> GenerationDefaults:
     """Read generation_config.json of a model directory; all None if there is no such file.
 
     Args:
-        path: the model's directory.
+        path: the model's directory, or its GGUF file, beside which the file may lie.
 
     Raises:
         FormatError: a value of another type than its key allows.
     """
-    file = Path(path) / _FILE
+    directory = Path(path)
+    file = (directory.parent if directory.is_file() else directory) / _FILE
     if not file.is_file():
         return GenerationDefaults()
     fields = read_json_object(file)

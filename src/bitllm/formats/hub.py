@@ -69,7 +69,7 @@ class ModelFiles:
     """Where the files of a model are.
 
     Attributes:
-        path: the directory.
+        path: the directory, or the GGUF file.
         name: what to call the model: `org/name`, or the directory's name.
         origin: where it came from, for people to read.
         is_demo: it is the embedded demo model.
@@ -87,7 +87,7 @@ def resolve_model(
     """Find the files of a model, downloading those that are needed and not in the cache.
 
     Args:
-        ref: a model directory or a file in it, `[hf:]org/name[@revision]`, or None.
+        ref: a model directory or a file in it, a GGUF file, `[hf:]org/name[@revision]`, or None.
         revision: branch, tag or commit on the Hub; instead of `@revision`.
 
     Raises:
@@ -145,14 +145,13 @@ def _local_model(path: Path) -> ModelFiles:
     directory = path
     if path.is_file():
         if path.suffix == ".gguf":
-            raise UnsupportedModelError(
-                f"{path}: GGUF files are not supported yet", hint="use the safetensors version"
-            )
+            # Not resolved: in a cache of downloads the file may be a link to a nameless one.
+            return ModelFiles(path.absolute(), path.stem, str(path.absolute()))
         directory = path.parent
         if path.name not in _MODEL_FILES and path.suffix != ".safetensors":
             raise ModelNotFoundError(
                 f"{path} is not a file of a model",
-                hint="name the directory that holds config.json and model.safetensors",
+                hint="name the directory that holds config.json and model.safetensors, or a GGUF file",
             )
     directory = directory.resolve()
     return ModelFiles(directory, directory.name, str(directory))

@@ -113,6 +113,10 @@ class Tokenizer:
         """The source of the chat template, or None."""
         return self._template_source
 
+    def to_json(self) -> str:
+        """Return the tokenizer proper as the text of a tokenizer.json."""
+        return str(self._backend.to_str())
+
     def token(self, token_id: int) -> str | None:
         """Return the token with this id as the vocabulary writes it, or None."""
         try:
@@ -244,24 +248,8 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
         TokenizerError: a file of the tokenizer is missing or broken.
         FormatError: config.json or generation_config.json is broken.
     """
-    # The library costs 8 MB, which programs without text need not pay.
-    import tokenizers
-
     directory = Path(path)
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise TokenizerError(f"{directory}: no tokenizer.json there", hint=_no_tokenizer(directory))
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    # The library raises bare exceptions, and panics, which are no Exception.
-    except BaseException as error:
-        raise TokenizerError(
-            f"{file}: {str(error)[:300]}", hint="the file is damaged; download it again"
-        ) from error
-    backend.no_truncation()
-    backend.no_padding()
+    backend = read_backend(directory)
     config = {
         **_read_json(directory / "special_tokens_map.json"),
         **_read_json(directory / "tokenizer_config.json"),
@@ -276,6 +264,32 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
         eos_ids=_ids(model, "eos_token_id") + _ids(generation, "eos_token_id"),
         name=directory.name,
     )
+
+
+def read_backend(directory: Path) -> tokenizers.Tokenizer:
+    """Read tokenizer.json of a directory.
+
+    Raises:
+        TokenizerError: the file is missing or broken.
+    """
+    # The library costs 8 MB, which programs without text need not pay.
+    import tokenizers
+
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise TokenizerError(f"{directory}: no tokenizer.json there", hint=_no_tokenizer(directory))
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    # The library raises bare exceptions, and panics, which are no Exception.
+    except BaseException as error:
+        raise TokenizerError(
+            f"{file}: {str(error)[:300]}", hint="the file is damaged; download it again"
+        ) from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _no_tokenizer(directory: Path) -> str:

@@ -18,6 +18,7 @@ from bitllm.backends.sizes import (
     ternary_bytes,
 )
 from bitllm.checkpoint import (
+    DTYPE_BYTES,
     LINEAR_NAMES,
     Checkpoint,
     DenseTensor,
@@ -144,9 +145,10 @@ def _refuse_too_large(
 ) -> None:
     # Embedding and head stay in the mapped file, which the system may drop and read again.
     spec = checkpoint.spec
-    head = checkpoint.dense("embed" if spec.tied_head else "head")
+    head = "embed" if spec.tied_head else "head"
     weights = ternary_bytes(spec, packing)
-    weights += rounded_head_bytes(spec, options.head, head.data.itemsize)
+    value_bytes = DTYPE_BYTES[checkpoint.dense_dtype(head)]
+    weights += rounded_head_bytes(spec, options.head, value_bytes)
     cache = kv_blocks * KV_BLOCK_SIZE * kv_bytes_per_token(spec, options.kv_dtype)
     free = _native.available_memory()
     if free and weights + cache > free:

@@ -17,38 +17,25 @@ import numpy.typing as npt
 
 from bitllm.checkpoint import Checkpoint, LayerSpec, LinearSpec, ModelSpec, WeightScales
 from bitllm.errors import UnsupportedModelError
+from bitllm.formats.gguf.checkpoint import neighbour_order
+from bitllm.formats.gguf.ggml_types import GGML_TYPES, TYPE_NAMES
+from bitllm.formats.gguf.names import ARCHITECTURES, stored_name
+from bitllm.formats.gguf.rope import ROPE_FREQS, rope_divisors
 from bitllm.formats.writers.dense import dense_chunks, relative_error
 from bitllm.formats.writers.gguf_file import Value, plan_gguf_file
 from bitllm.formats.writers.layouts import TQ_BLOCK, i2_s, tq1_0, tq2_0
 from bitllm.formats.writers.planned import Chunks, PlannedTensor, WritePlan
 
-__all__ = ["GGUF_TYPES", "GgufType", "gguf_architecture", "neighbour_order", "plan_gguf"]
+__all__ = ["GGUF_TYPES", "GgufType", "gguf_architecture", "plan_gguf"]
 
 GgufType = Literal["i2_s", "tq1_0", "tq2_0"]
 GGUF_TYPES: tuple[GgufType, ...] = ("i2_s", "tq2_0", "tq1_0")
 """The ternary types that are written."""
 
 _FILE_TYPES = {"i2_s": 40, "tq1_0": 36, "tq2_0": 37}
-_BLOCK_BYTES = {"tq1_0": 54, "tq2_0": 66}
 _I2_S_BLOCK = 128
 _I2_S_TRAILER = 32
 _DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
-_TOP = {"embed": "token_embd.weight", "final_norm": "output_norm.weight", "head": "output.weight"}
-_PARTS = {
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-    "attn_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-    "attn_sub_norm": "attn_sub_norm",
-    "ffn_sub_norm": "ffn_sub_norm",
-    "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm",
-}
 _BITLLM_ACTIVATIONS = "bitllm.activation_bits"
 
 
@@ -74,7 +61,7 @@ def plan_gguf(
     """
     spec = checkpoint.spec
     architecture = gguf_architecture(spec)
-    permuted = architecture == "llama"
+    permuted = ARCHITECTURES[architecture].permuted
     scales = {}
     for linear_name, linear in spec.linear_names():
         _check_width(linear_name, linear, kind)
@@ -179,22 +166,6 @@ def _architecture_metadata(spec: ModelSpec, architecture: str) -> dict[str, Valu
     return metadata
 
 
-def _stored_name(name: str) -> str:
-    if name in _TOP:
-        return _TOP[name]
-    _, layer, part, *rest = name.split(".")
-    return f"blk.{layer}.{_PARTS[part]}.{'bias' if rest else 'weight'}"
-
-
-def neighbour_order(heads: int, head_dim: int) -> npt.NDArray[np.intp]:
-    """Return the rows of q or k in the order of a `llama` file, intp [heads * head_dim].
-
-    RoPE turns rows r and r + head_dim / 2 of a head together; there they lie side by side.
-    """
-    rows = np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2)
-    return rows.swapaxes(1, 2).reshape(-1)
-
-
 def _row_order(layer: LayerSpec, part: str) -> npt.NDArray[np.intp] | None:
     heads = {"q": layer.num_heads, "k": layer.num_kv_heads}.get(part)
     return None if heads is None else neighbour_order(heads, layer.head_dim)
@@ -214,25 +185,18 @@ def _dense_tensors(checkpoint: Checkpoint, permuted: bool) -> Iterator[PlannedTe
                 checkpoint.release()
 
         kind = _DTYPES[tensor.dtype]
-        yield PlannedTensor(_stored_name(name), kind, shape, tensor.nbytes, name, chunks)
+        yield PlannedTensor(stored_name(name), kind, shape, tensor.nbytes, name, chunks)
     rope = spec.layers[0].rope
     if rope.scaling == "llama3":
-        factors = _rope_factors(spec)
+        factors = rope_divisors(rope)
         yield PlannedTensor(
-            "rope_freqs.weight",
+            ROPE_FREQS,
             "F32",
             factors.shape,
             factors.nbytes,
             "rope",
             lambda: iter([factors.astype("<f4")]),
         )
-
-
-def _rope_factors(spec: ModelSpec) -> npt.NDArray[np.float32]:
-    """Return what each frequency of RoPE is divided by, float32 [head_dim / 2]."""
-    rope = spec.layers[0].rope
-    plain = type(rope)(rope.theta, rope.dim).inverse_frequencies()
-    return (plain / rope.inverse_frequencies()).astype(np.float32)
 
 
 def _vector(
@@ -248,7 +212,7 @@ def _vector(
             values = values if order is None else values[order]
         yield values.astype("<f4")
 
-    return PlannedTensor(_stored_name(name), "F32", shape, 4 * shape[0], name, chunks)
+    return PlannedTensor(stored_name(name), "F32", shape, 4 * shape[0], name, chunks)
 
 
 def _check_width(name: str, linear: LinearSpec, kind: GgufType) -> None:
@@ -264,10 +228,9 @@ def _check_width(name: str, linear: LinearSpec, kind: GgufType) -> None:
 def _ternary_tensor(
     checkpoint: Checkpoint, name: str, linear: LinearSpec, kind: GgufType, permuted: bool
 ) -> PlannedTensor:
-    count = linear.out_features * linear.in_features
-    nbytes = (
-        count // 4 + _I2_S_TRAILER if kind == "i2_s" else count // TQ_BLOCK * _BLOCK_BYTES[kind]
-    )
+    shape = (linear.out_features, linear.in_features)
+    nbytes = GGML_TYPES[TYPE_NAMES[kind.upper()]][0].size(shape)
+    assert nbytes is not None  # its width was checked
     _, layer, part = name.split(".")
     order = _row_order(checkpoint.spec.layers[int(layer)], part) if permuted else None
 
@@ -284,8 +247,7 @@ def _ternary_tensor(
         encode: Any = tq2_0 if kind == "tq2_0" else tq1_0
         yield from encode(packed, matrix.in_features, scales if order is None else scales[order])
 
-    shape = (linear.out_features, linear.in_features)
-    return PlannedTensor(_stored_name(name), kind.upper(), shape, nbytes, name, chunks)
+    return PlannedTensor(stored_name(name), kind.upper(), shape, nbytes, name, chunks)
 
 
 def _only_scale(name: str, scales: npt.NDArray[np.float32]) -> float:

@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from bitllm.formats.gguf.ggml_types import TYPE_NAMES
 from bitllm.formats.writers.planned import Chunks, PlannedFile, PlannedTensor
 
-__all__ = ["ALIGNMENT", "TENSOR_TYPES", "Value", "plan_gguf_file"]
+__all__ = ["ALIGNMENT", "Value", "plan_gguf_file"]
 
 ALIGNMENT = 32
 """Bytes to whose multiples each tensor is moved: what readers assume without being told."""
-
-TENSOR_TYPES = {"F32": 0, "F16": 1, "BF16": 30, "TQ1_0": 34, "TQ2_0": 35, "I2_S": 36}
-"""Ids of the types that are written."""
 
 Value = tuple[str, Any]
 """The type of a metadata value and the value: ("u32", 1), or ("[str]", ["a", "b"]) for an array."""
@@ -35,7 +33,7 @@ def plan_gguf_file(
     Args:
         name: of the file.
         metadata: keys and values, in the order in which they are written.
-        tensors: their `dtype` is a key of `TENSOR_TYPES`.
+        tensors: their `dtype` is a key of `TYPE_NAMES`.
     """
     head = bytearray(b"GGUF" + struct.pack("<IQQ", _VERSION, len(tensors), len(metadata)))
     for key, value in metadata.items():
@@ -82,5 +80,5 @@ def _tensor_info(tensor: PlannedTensor, offset: int) -> bytes:
     """Name, dimensions with the fastest first, type and offset."""
     sizes = tensor.shape[::-1]
     dimensions = struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
-    kind = struct.pack("<IQ", TENSOR_TYPES[tensor.dtype], offset)
+    kind = struct.pack("<IQ", TYPE_NAMES[tensor.dtype], offset)
     return _string(tensor.name) + dimensions + kind

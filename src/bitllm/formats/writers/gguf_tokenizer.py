@@ -39,7 +39,6 @@ class TokenizerFacts:
         bos_id: token that begins a text, or None.
         eos_id: token that ends one, or None.
         turn_end_id: token that ends a turn of a chat, where that is another one.
-        pad_id: token that fills up, or None.
         adds_bos: whether a plain text begins with `bos_id`.
         chat_template: its source, or None.
     """
@@ -47,13 +46,12 @@ class TokenizerFacts:
     bos_id: int | None = None
     eos_id: int | None = None
     turn_end_id: int | None = None
-    pad_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
 
 
 def tokenizer_metadata(
-    source: bytes, facts: TokenizerFacts, vocab_size: int
+    source: bytes, facts: TokenizerFacts, vocab_size: int, pad_id: int | None = None
 ) -> tuple[dict[str, Value], tuple[str, ...]]:
     """Return the metadata and what should be known of it.
 
@@ -61,6 +59,7 @@ def tokenizer_metadata(
         source: tokenizer.json.
         facts: what stands beside it.
         vocab_size: rows of the embedding; ids without a token get an unused one.
+        pad_id: token that fills up, or None.
 
     Raises:
         TokenizerError: the file is no tokenizer, has more tokens than the model, or is of a kind
@@ -89,7 +88,7 @@ def tokenizer_metadata(
         }
     metadata["tokenizer.ggml.tokens"] = ("[str]", tokens)
     metadata["tokenizer.ggml.token_type"] = ("[i32]", types)
-    metadata |= _special(facts)
+    metadata |= _special(facts, pad_id)
     metadata[EMBEDDED_TOKENIZER] = ("str", source.decode("utf-8-sig"))
     return metadata, notes
 
@@ -176,12 +175,12 @@ def _pre_tokenizer(fields: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     return "default", (note,)
 
 
-def _special(facts: TokenizerFacts) -> dict[str, Value]:
+def _special(facts: TokenizerFacts, pad_id: int | None) -> dict[str, Value]:
     ids = {
         "bos": facts.bos_id,
         "eos": facts.eos_id,
         "eot": facts.turn_end_id,
-        "padding": facts.pad_id,
+        "padding": pad_id,
     }
     special: dict[str, Value] = {
         f"tokenizer.ggml.{name}_token_id": ("u32", index)
