@@ -110,6 +110,8 @@ def _compare_matrix(name: str, source: Checkpoint, target: Checkpoint, allowed: 
     # A planned error is what rounding once gives; nothing may be off by more.
     if error > allowed * (1 + 1e-9):
         raise _wrong(f"scales of {name}, by {error:.2g}")
+    source.release()
+    target.release()
     return error
 
 

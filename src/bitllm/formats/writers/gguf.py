@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from bitllm.checkpoint import Checkpoint, LayerSpec, LinearSpec, ModelSpec, WeightScales
+from bitllm.checkpoint import (
+    Checkpoint,
+    LayerSpec,
+    LinearSpec,
+    ModelSpec,
+    TernaryMatrix,
+    WeightScales,
+)
 from bitllm.errors import UnsupportedModelError
 from bitllm.formats.gguf.checkpoint import neighbour_order
 from bitllm.formats.gguf.ggml_types import GGML_TYPES, TYPE_NAMES
@@ -235,19 +242,26 @@ def _ternary_tensor(
     order = _row_order(checkpoint.spec.layers[int(layer)], part) if permuted else None
 
     def chunks() -> Chunks:
-        matrix = checkpoint.ternary(name)
-        packed = matrix.packed if order is None else matrix.packed[order]
-        if kind == "i2_s":
-            yield from i2_s(packed, matrix.in_features)
-            scale = struct.pack("<f", _only_scale(name, matrix.scales))
-            yield scale.ljust(_I2_S_TRAILER, b"\0")
-            return
-        scales = _block_scales(name, WeightScales(matrix.scales, matrix.group_size))
-        scales = np.broadcast_to(scales, (linear.out_features, linear.in_features // TQ_BLOCK))
-        encode: Any = tq2_0 if kind == "tq2_0" else tq1_0
-        yield from encode(packed, matrix.in_features, scales if order is None else scales[order])
+        yield from _encoded(name, checkpoint.ternary(name), kind, order)
+        checkpoint.release()
 
     return PlannedTensor(stored_name(name), kind.upper(), shape, nbytes, name, chunks)
+
+
+def _encoded(
+    name: str, matrix: TernaryMatrix, kind: GgufType, order: npt.NDArray[np.intp] | None
+) -> Chunks:
+    """Yield the bytes of a matrix, its rows in another order if one is given."""
+    packed = matrix.packed if order is None else matrix.packed[order]
+    if kind == "i2_s":
+        yield from i2_s(packed, matrix.in_features)
+        scale = struct.pack("<f", _only_scale(name, matrix.scales))
+        yield scale.ljust(_I2_S_TRAILER, b"\0")
+        return
+    scales = _block_scales(name, WeightScales(matrix.scales, matrix.group_size))
+    scales = np.broadcast_to(scales, (matrix.out_features, matrix.in_features // TQ_BLOCK))
+    encode = tq2_0 if kind == "tq2_0" else tq1_0
+    yield from encode(packed, matrix.in_features, scales if order is None else scales[order])
 
 
 def _only_scale(name: str, scales: npt.NDArray[np.float32]) -> float:

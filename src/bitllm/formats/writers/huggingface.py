@@ -148,6 +148,7 @@ def _packed_tensors(
         def codes(name: str = name) -> Chunks:
             matrix = checkpoint.ternary(name)
             yield from row_strided(matrix.packed, matrix.in_features)
+            checkpoint.release()
 
         yield PlannedTensor(f"{module}.weight", "U8", shape, math.prod(shape), name, codes)
         yield _plan(f"{module}.weight_scale", name, stored[name])

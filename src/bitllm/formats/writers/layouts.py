@@ -27,7 +27,7 @@ F16 = npt.NDArray[np.float16]
 TQ_BLOCK = 256
 """Weights along a row that share a scale in TQ1_0 and TQ2_0."""
 
-_BAND_CODES = 1 << 21
+_BAND_CODES = 1 << 19
 _I2_S_BLOCK = 128
 # The four codes of each byte, one a byte, the first lowest: what a byte unpacks to.
 _SPREAD = sum(
@@ -141,7 +141,7 @@ def _with_scales(stored: U8, scales: F16) -> U8:
 
 
 def _bands(rows: int, codes_in_a_row: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into bands of some million codes."""
+    """Cut rows into bands of half a million codes, which stay in the cache of a core."""
     step = max(1, _BAND_CODES // max(1, codes_in_a_row))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

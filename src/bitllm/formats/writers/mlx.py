@@ -134,6 +134,7 @@ def _ternary_tensors(
     def codes() -> Chunks:
         matrix = checkpoint.ternary(name)
         yield from affine_2bit(matrix.packed, matrix.in_features)
+        checkpoint.release()
 
     def scales(sign: int) -> Chunks:
         values = np.float32(sign) * _group_scales(checkpoint.scales(name), shape, group)
