@@ -161,6 +161,9 @@ def iq2_bn_r4(codes: np.ndarray, scale: float) -> bytes:
         result += struct.pack("<4f", *[scale] * 4)
         for block in range(len(rows[0])):
             result += bytes(
-                rows[r][block][4 * part + i] for part in range(4) for r in range(4) for i in range(4)
+                rows[r][block][4 * part + i]
+                for part in range(4)
+                for r in range(4)
+                for i in range(4)
             )
     return result

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf_files import encode, write_gguf
 from safetensors.numpy import save_file
 
+from gguf_files import encode, write_gguf
 from synthetic import random_codes, random_uniform
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 256, 512, 4, 2, 64, 2, 96
@@ -140,12 +141,17 @@ def _gguf_tensors(
             tensors[stored] = ("F32", values.shape, values.tobytes())
     for layer in range(LAYERS):
         for name, shape in SHAPES.items():
-            codes = codes_of(layer, name)
-            if architecture == "llama" and name in ("q", "k"):
-                codes = permuted(codes, HEADS if name == "q" else KV_HEADS)
-            data = encode(kind, codes, float(scale_of(layer, name)), layout)
+            data = _encoded(layer, name, kind, layout, architecture == "llama")
             tensors[f"blk.{layer}.{GGUF_NAMES[name]}.weight"] = (kind, shape, data)
     return tensors
+
+
+@cache
+def _encoded(layer: int, name: str, kind: str, layout: str, is_llama: bool) -> bytes:
+    codes = codes_of(layer, name)
+    if is_llama and name in ("q", "k"):
+        codes = permuted(codes, HEADS if name == "q" else KV_HEADS)
+    return encode(kind, codes, float(scale_of(layer, name)), layout)
 
 
 def llama3_table() -> np.ndarray:
@@ -207,3 +213,19 @@ def _write_hf(
             tensors[f"{module}.weight"] = packed
             tensors[f"{module}.weight_scale"] = np.full(1, scale_of(layer, name), np.float32)
     save_file(tensors, directory / "model.safetensors")
+
+
+def byte_tokenizer_metadata(bos: int, eos: int) -> dict[str, tuple[str, Any]]:
+    """A byte-level vocabulary of VOCAB tokens without merges, for models of this size."""
+    letters = [chr(code) for code in range(33, 33 + VOCAB - 4)]
+    tokens = [*letters, "Ġ", "Ċ", "<s>", "</s>"]
+    return {
+        "tokenizer.ggml.model": ("str", "gpt2"),
+        "tokenizer.ggml.pre": ("str", "gpt-2"),
+        "tokenizer.ggml.tokens": ("[str]", tokens),
+        "tokenizer.ggml.token_type": ("[i32]", [1] * (VOCAB - 2) + [3, 3]),
+        "tokenizer.ggml.merges": ("[str]", []),
+        "tokenizer.ggml.bos_token_id": ("u32", bos),
+        "tokenizer.ggml.eos_token_id": ("u32", eos),
+        "tokenizer.ggml.add_bos_token": ("bool", True),
+    }

@@ -746,7 +746,7 @@ class TestFiles:
         with pytest.raises(CheckpointError, match=r"no config\.json"):
             open_checkpoint(tmp_path)
         (tmp_path / "model.gguf").touch()
-        with pytest.raises(UnsupportedModelError, match="GGUF"):
+        with pytest.raises(FormatError, match="no GGUF file"):
             open_checkpoint(tmp_path)
 
 

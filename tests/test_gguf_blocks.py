@@ -5,7 +5,6 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from gguf_files import encode
 from gguf.quants import dequantize, quantize
 
 from bitllm.errors import FormatError
@@ -15,6 +14,7 @@ from bitllm.formats.gguf.scales import settle_scales
 from bitllm.formats.gguf.ternary_blocks import TernaryBlocks, decode_ternary, i2s_codes
 from bitllm.ternary import dequantize as ternary_values
 from bitllm.ternary import unpack
+from gguf_files import encode
 
 TERNARY = ("I2_S", "TQ1_0", "TQ2_0", "Q2_0", "Q2_0_G128", "PTQ1_0", "IQ1_BN", "IQ2_BN", "IQ2_BN_R4")
 
@@ -121,12 +121,16 @@ def test_the_sizes_of_types_are_those_of_the_gguf_package() -> None:
     assert {kind.value for kind in gguf.GGMLQuantizationType} - forks <= set(GGML_TYPES)
 
 
-@pytest.mark.parametrize("name", [name for name in TERNARY if name not in ("TQ1_0", "PTQ1_0", "IQ1_BN")])
+@pytest.mark.parametrize(
+    "name", [name for name in TERNARY if name not in ("TQ1_0", "PTQ1_0", "IQ1_BN")]
+)
 def test_the_code_three_is_refused_with_its_row(name: str) -> None:
     kind = type_named(name)
     data = as_array(encode(name, random_codes((8, 512)))).copy()
     # The bytes of codes in the second half of the tensor, where there is no scale.
-    place = {"I2_S": 512 * 5 // 4 + 1, "IQ2_BN_R4": len(data) - 40}.get(name, len(data) * 5 // 8 + 20)
+    place = {"I2_S": 512 * 5 // 4 + 1, "IQ2_BN_R4": len(data) - 40}.get(
+        name, len(data) * 5 // 8 + 20
+    )
     data[place] = 0xFF
     with pytest.raises(FormatError, match=r"row [4567] holds the code 3"):
         decode_ternary(kind, data, (8, 512))

@@ -9,7 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from batches import full_logits
+
+from batches import logits_of, prompt_ids
+from bitllm.backends import get_backend
+from bitllm.backends.base import LoadOptions
+from bitllm.checkpoint import Checkpoint
+from bitllm.errors import (
+    CheckpointError,
+    ConfigError,
+    FormatError,
+    MissingTensorError,
+    ModelNotFoundError,
+    NotTernaryError,
+    TensorShapeError,
+    UnsupportedModelError,
+)
+from bitllm.formats import open_checkpoint
 from gguf_files import encode, write_gguf
 from gguf_model import (
     FFN,
@@ -24,18 +39,11 @@ from gguf_model import (
     write_twins,
 )
 
-from bitllm.checkpoint import Checkpoint
-from bitllm.errors import (
-    CheckpointError,
-    ConfigError,
-    FormatError,
-    MissingTensorError,
-    ModelNotFoundError,
-    NotTernaryError,
-    TensorShapeError,
-    UnsupportedModelError,
-)
-from bitllm.formats import open_checkpoint
+
+def full_logits(checkpoint: Checkpoint, device: str) -> np.ndarray:
+    decoder = get_backend(device).load(checkpoint, LoadOptions(kv_tokens=64))
+    return logits_of(decoder, prompt_ids(24, VOCAB))
+
 
 KINDS = ("I2_S", "TQ1_0", "TQ2_0", "IQ1_BN", "IQ2_BN", "IQ2_BN_R4")
 WEIGHT_ONLY_KINDS = ("Q2_0", "Q2_0_G128", "PTQ1_0")
@@ -166,9 +174,7 @@ def test_the_rope_scaling_of_llama_3_is_found_again(tmp_path: Path) -> None:
         (np.ones(7), "should be F32"),
     ],
 )
-def test_other_tables_of_rope_are_refused(
-    tmp_path: Path, table: np.ndarray, error: str
-) -> None:
+def test_other_tables_of_rope_are_refused(tmp_path: Path, table: np.ndarray, error: str) -> None:
     content = ("F32", table.shape, table.astype(np.float32).tobytes())
     _, path = write_twins(tmp_path, tensors={"rope_freqs.weight": content})
     with pytest.raises(CheckpointError, match=error):
@@ -184,8 +190,13 @@ def test_linear_rope(tmp_path: Path) -> None:
     rope = open_checkpoint(path).spec.layers[0].rope
     assert (rope.scaling, rope.factor) == ("linear", 4.0)
     _, path = write_twins(
-        tmp_path, "I2_S", "llama", metadata={"llama.rope.scaling.type": ("str", "yarn"),
-                                             "llama.rope.scaling.factor": ("f32", 4.0)}
+        tmp_path,
+        "I2_S",
+        "llama",
+        metadata={
+            "llama.rope.scaling.type": ("str", "yarn"),
+            "llama.rope.scaling.factor": ("f32", 4.0),
+        },
     )
     with pytest.raises(UnsupportedModelError, match="yarn"):
         open_checkpoint(path)

@@ -33,8 +33,9 @@ __all__ = ["info"]
 def info(ref: str | None, tensors: bool, as_json: bool, **options: Any) -> None:
     """Show what a model is and what it needs, without loading it.
 
-    REF is a directory or file (GGUF too), or org/name[@revision] on the Hugging Face Hub, which is downloaded
-    if it is not in the cache; without REF, BITLLM_MODEL, or else the demo model inside bitllm.
+    REF is a directory, a GGUF or other file, or org/name[@revision] on the Hugging Face Hub, which
+    is downloaded if it is not in the cache; without REF, BITLLM_MODEL, or else the demo model
+    inside bitllm.
 
     \b
     bitllm info microsoft/bitnet-b1.58-2B-4T
@@ -57,8 +58,7 @@ def info(ref: str | None, tensors: bool, as_json: bool, **options: Any) -> None:
         "parameters": count_parameters(checkpoint.spec),
         "text": _describe_text(files),
         "files": [
-            {"name": path.name, "bytes": path.stat().st_size}
-            for path in _model_files(files)
+            {"name": path.name, "bytes": path.stat().st_size} for path in _model_files(files)
         ],
         "types": _by_type(stored),
         "memory": {**dataclasses.asdict(plan), "total": plan.total, "fits": plan.fits},

@@ -73,8 +73,9 @@ def load(
         llm = bitllm.load("microsoft/bitnet-b1.58-2B-4T", threads=4, context=2048)
 
     Args:
-        ref: a local directory or file (GGUF too), "org/name" or "org/name@revision" on the Hugging Face Hub;
-            None = the demo model that comes with bitllm (a line on stderr says so).
+        ref: a local directory or file, GGUF files too, "org/name" or "org/name@revision" on the
+            Hugging Face Hub; None = the demo model that comes with bitllm (a line on stderr says
+            so).
         revision: branch, tag or commit on the Hub.
         progress: called with (done, total) after each ternary matrix, the bulk of the work.
         **options: fields of `EngineOptions`.

@@ -189,10 +189,10 @@ def plan_memory(
 def _weight_bytes(checkpoint: Checkpoint, device: str, options: EngineOptions) -> int:
     """Return the bytes of all tensors as `device` holds them; dense tensors as stored.
 
-    The CPU backend leaves embedding and head in the mapped file, unless they had to be decoded. They
-    count where each token reads the whole head; not where a rounded copy of it says which rows are
-    to be read. Scales are one
-    number a matrix or a row, against thousands of weights, and not counted.
+    The CPU backend leaves embedding and head in the mapped file, unless they had to be decoded.
+    They count where each token reads the whole head; not where a rounded copy of it says which rows
+    are to be read. Scales are one number a matrix or a row, against thousands of weights, and not
+    counted.
     """
     spec = checkpoint.spec
     value_bytes = {name: DTYPE_BYTES[checkpoint.dense_dtype(name)] for name in spec.dense_shapes()}

@@ -151,7 +151,7 @@ def _local_model(path: Path) -> ModelFiles:
         if path.name not in _MODEL_FILES and path.suffix != ".safetensors":
             raise ModelNotFoundError(
                 f"{path} is not a file of a model",
-                hint="name the directory that holds config.json and model.safetensors, or a GGUF file",
+                hint="name the directory with config.json and model.safetensors, or a GGUF file",
             )
     directory = directory.resolve()
     return ModelFiles(directory, directory.name, str(directory))

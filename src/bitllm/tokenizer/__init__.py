@@ -5,4 +5,11 @@ from bitllm.tokenizer.detokenizer import StreamDetokenizer
 from bitllm.tokenizer.gguf import gguf_tokenizer
 from bitllm.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_backend
 
-__all__ = ["ChatTemplate", "StreamDetokenizer", "Tokenizer", "gguf_tokenizer", "load_tokenizer", "read_backend"]
+__all__ = [
+    "ChatTemplate",
+    "StreamDetokenizer",
+    "Tokenizer",
+    "gguf_tokenizer",
+    "load_tokenizer",
+    "read_backend",
+]

@@ -55,8 +55,8 @@ class _Metadata:
         value = self.get(key)
         if value is None:
             return []
-        values = value if isinstance(value, list) else getattr(value, "tolist", list)()
-        if not all(isinstance(entry, kind) for entry in values):
+        values = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(values, list) or not all(isinstance(entry, kind) for entry in values):
             raise self.fail(key, f"a list of {kind.__name__}")
         if count is not None and len(values) != count:
             raise self.fail(key, f"a list of {count}, not {len(values)}")

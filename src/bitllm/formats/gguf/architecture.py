@@ -48,9 +48,8 @@ class _Keys:
         return self._model.metadata.get(f"{self._prefix}.{key}")
 
     def fail(self, key: str, wanted: str) -> FormatError:
-        return FormatError(
-            f"{self._model.path}: {self._prefix}.{key} should be {wanted}, got {self.get(key)!r:.80}"
-        )
+        name = f"{self._model.path}: {self._prefix}.{key}"
+        return FormatError(f"{name} should be {wanted}, got {self.get(key)!r:.80}")
 
     def size(self, key: str, default: int | None = None, most: int = _MAX_WIDTH) -> int:
         """A positive whole number, one for all layers; a key without default must be there."""
@@ -208,7 +207,7 @@ def _layer(
         )
         for name in LINEAR_NAMES
     }
-    norms = {name: name in present for name in _OPTIONAL_NORMS}
+    norms: dict[str, Any] = {name: name in present for name in _OPTIONAL_NORMS}
     return LayerSpec(**linears, **shared, **norms, qk_norm="q_norm" in present)
 
 
@@ -217,7 +216,8 @@ def _linear_shapes(keys: _Keys, shared: Mapping[str, Any]) -> dict[str, tuple[in
     queries = shared["num_heads"] * shared["head_dim"]
     values = shared["num_kv_heads"] * shared["head_dim"]
     return {
-        "q": (queries, hidden), "k": (values, hidden), "v": (values, hidden), "o": (hidden, queries),
+        "q": (queries, hidden), "k": (values, hidden), "v": (values, hidden),
+        "o": (hidden, queries),
         "gate": (ffn, hidden), "up": (ffn, hidden), "down": (hidden, ffn),
     }  # fmt: skip
 

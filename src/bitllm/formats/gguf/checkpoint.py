@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -23,7 +24,6 @@ from bitllm.checkpoint import (
     TernaryMatrix,
 )
 from bitllm.errors import (
-    CheckpointError,
     ConfigError,
     FormatError,
     MissingTensorError,
@@ -53,6 +53,7 @@ __all__ = ["LAYOUT_VARIABLE", "neighbour_order", "open_gguf"]
 
 LAYOUT_VARIABLE = "BITLLM_I2S_LAYOUT"
 _FLOATS: dict[str, DenseDtype] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_T = TypeVar("_T", bound=np.generic)
 _ZERO_WEIGHTS = np.uint8(0b01010101)
 
 
@@ -283,7 +284,7 @@ class _GgufSource(MappedSource):
         return bias if order is None else DenseTensor(_undo(bias.data, order), bias.dtype)
 
 
-def _undo(rows: npt.NDArray[np.generic], order: npt.NDArray[np.intp]) -> npt.NDArray[np.generic]:
+def _undo(rows: npt.NDArray[_T], order: npt.NDArray[np.intp]) -> npt.NDArray[_T]:
     restored = np.empty_like(rows)
     restored[order] = rows
     return restored

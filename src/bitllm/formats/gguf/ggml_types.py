@@ -132,6 +132,6 @@ UNSIZED_TYPES: Mapping[int, GgmlType] = {
 """What an id means where no candidate has the size of the tensors: types of padded tiles."""
 
 TYPE_NAMES: Mapping[str, int] = {
-    kind.name: id for id, kinds in reversed(GGML_TYPES.items()) for kind in reversed(kinds)
+    kind.name: id for id, kinds in reversed(list(GGML_TYPES.items())) for kind in reversed(kinds)
 }
 """The id under which each type is written."""

@@ -258,9 +258,9 @@ def _i2s_row4(data: U8, shape: tuple[int, int]) -> U8:
     for band in _bands(out // 4, width):
         for place, shift in enumerate(_HIGH_FIRST):
             packed[band, place] = _pack_words(rows[band] >> np.uint8(shift))
-    packed = packed.reshape(out, width // 4)
-    _refuse_code_three(packed, 0)
-    return packed
+    whole: U8 = packed.reshape(out, width // 4)
+    _refuse_code_three(whole, 0)
+    return whole
 
 
 def _refuse_code_three(packed: U8, first_row: int) -> None:
@@ -273,4 +273,3 @@ def _refuse_code_three(packed: U8, first_row: int) -> None:
                 f"row {row} holds the code 3, which is no ternary weight",
                 hint="the file is damaged, or the model is not ternary",
             )
-
