@@ -565,6 +565,7 @@ class Checkpoint:
         if found is not None:
             return found
         matrix = self.ternary(name)
+        self.release()
         return WeightScales(
             matrix.scales, matrix.group_size, matrix.source_scales, matrix.source_convention
         )
