@@ -126,10 +126,13 @@ def stored_scale(name: str, scales: WeightScales, convention: ScaleConvention) -
         return DenseTensor(source.data.reshape(1), source.dtype)
     wanted = distinct.astype(np.float32)
     held = wanted if convention == "multiply" else (np.float32(1) / wanted).astype(np.float32)
-    short = round_to(held, "bf16")
-    if (applied(short, convention) == wanted).all():
-        return short
-    return DenseTensor(held, "f32")
+    candidates = [round_to(held, "bf16"), DenseTensor(held, "f32")]
+    if convention == "divide":
+        # A reciprocal is rounded twice on its way; that of a neighbour may hit the scale.
+        ends = (np.float32(0), np.float32(np.inf))
+        candidates += [DenseTensor(np.nextafter(held, end), "f32") for end in ends]
+    exact = (c for c in candidates if (applied(c, convention) == wanted).all())
+    return next(exact, candidates[1])
 
 
 def applied(stored: DenseTensor, convention: ScaleConvention) -> npt.NDArray[np.float32]:
