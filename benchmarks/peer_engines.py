@@ -8,6 +8,7 @@ import re
 import signal
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,14 @@ from peer_repeat import Work, decode_name, prefill_name
 HERE = Path(__file__).resolve().parent
 
 PACKAGES = {
-    "llama-cpp-python": ("llama-cpp-python", "gguf", "numpy"),
+    "llama-cpp-python": ("llama-cpp-python", "numpy"),
     "transformers": ("transformers", "torch", "accelerate", "numpy"),
 }
 """The distributions that each peer from a package index needs."""
 
 INSTALL = {
     "llama-cpp-python": "CMAKE_ARGS=-DGGML_NATIVE=ON {python} -m pip install"
-    " --no-binary llama-cpp-python llama-cpp-python gguf",
+    " --no-binary llama-cpp-python llama-cpp-python",
     "transformers": "{python} -m pip install -c constraints.txt torch transformers accelerate",
 }
 """The line that installs them."""
@@ -173,12 +174,17 @@ def python_engine(name: str, python: str, engine: str, model: Path, work: Work) 
     return Engine(name, [repeat_command(python, engine, model, work)], parse_repeat)
 
 
-def ensure_gguf(python: str, model: Path, folder: Path, ternary: str, head: str) -> Path:
-    """Return the GGUF file in the shape of a checkpoint, written first if it is not there."""
+def ensure_gguf(model: Path, folder: Path, ternary: str, head: str) -> Path:
+    """Return the GGUF file in the shape of a checkpoint, written first if it is not there.
+
+    The package `gguf` has to be where bitllm is, whichever interpreter has the peer.
+    """
+    if missing := run([sys.executable, "-c", PROBE, "gguf"]).split():
+        raise PeerError(f"no {', '.join(missing)}; install: {sys.executable} -m pip install gguf")
     path = folder / peer_gguf.file_name(peer_gguf.read_shape(model), ternary, head)
     if not path.exists():
         script = str(HERE / "peer_gguf.py")
-        run([python, script, str(model), str(path), f"--type={ternary}", f"--head={head}"])
+        run([sys.executable, script, str(model), str(path), f"--type={ternary}", f"--head={head}"])
     return path
 
 

@@ -4,8 +4,9 @@
 
 peers.py starts it again for each repeat, with the interpreter of the peer, so that memory and
 thread pools of two engines never mix. Each engine does the same work: fill the context with a
-prompt, then draw tokens greedily, one at a time. The warm-up is a prompt of the measured length and
-two tokens. The only line of stdout is JSON: tokens a second for each kind of work.
+prompt, then draw tokens greedily, one at a time. The warm-up is a prompt and a decode run of the
+measured lengths: pages of a mapped model come in while they are first used. The only line of stdout
+is JSON: tokens a second for each kind of work.
 """
 
 from __future__ import annotations
@@ -32,24 +33,28 @@ class Work:
         prefill: tokens of the measured prompt, which is also the longest step.
         steps: tokens of a decode run.
         depths: tokens already in the context when a decode run begins.
+        sequences: decoded side by side in one more run, from an empty context; 0 = no such run.
         threads: worker threads.
     """
 
     prefill: int
     steps: int
     depths: tuple[int, ...]
+    sequences: int
     threads: int
 
     @property
     def context(self) -> int:
-        """Positions that the context has to hold."""
-        return max(self.prefill, *self.depths) + max(self.steps, 2)
+        """Positions that the context has to hold, of all sequences."""
+        one = max(self.prefill, *self.depths) + max(self.steps, 2)
+        return max(one, self.sequences * (self.steps + 32))  # some engines keep whole blocks
 
     def options(self) -> list[str]:
         """Return the options of this script that state this work."""
         return [
             f"--prefill={self.prefill}",
             f"--steps={self.steps}",
+            f"--sequences={self.sequences}",
             f"--threads={self.threads}",
             "--depths",
             *map(str, self.depths),
@@ -67,6 +72,9 @@ class Engine(Protocol):
     def decode(self, depth: int, steps: int) -> None:
         """Draw `steps` tokens one after another, the first at position `depth`."""
 
+    def decode_together(self, sequences: int, steps: int) -> None:
+        """Empty the context, then draw `steps` tokens in each of so many sequences, in step."""
+
 
 class Bitllm:
     """The CPU backend of bitllm, as `bitllm bench` runs it."""
@@ -82,6 +90,7 @@ class Bitllm:
         )
         decoder = get_backend("cpu").load(open_checkpoint(model), options)
         self._sequence = Sequences(decoder, 1, work.context, work.prefill)
+        self._together = Sequences(decoder, max(work.sequences, 1), work.steps, work.prefill)
         self.about = {
             "version": importlib.metadata.version("bitllm"),
             "kernel": decoder.info.kernel,
@@ -98,6 +107,10 @@ class Bitllm:
         """Draw greedily in the decoder."""
         self._sequence.decode(depth, steps)
 
+    def decode_together(self, sequences: int, steps: int) -> None:
+        """Draw greedily in the decoder."""
+        self._together.decode(0, steps)
+
 
 class LlamaCpp:
     """llama.cpp through llama-cpp-python, without its Python layer; the largest logit is drawn."""
@@ -113,6 +126,8 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp could not load {model}")
         context = self._api.llama_context_default_params()
         context.n_ctx = work.context
+        context.n_seq_max = max(work.sequences, 1)
+        context.kv_unified = True  # or each sequence could have only its part of the context
         context.n_batch = context.n_ubatch = work.prefill
         context.n_threads = context.n_threads_batch = work.threads
         self._context = self._api.llama_init_from_model(self._model, context)
@@ -137,16 +152,35 @@ class LlamaCpp:
         token = 3
         for _ in range(steps):
             self._step([token])
-            logits = self._api.llama_get_logits_ith(self._context, -1)
-            token = int(np.ctypeslib.as_array(logits, (self._vocab,)).argmax())
+            token = self._likeliest(-1)
+
+    def decode_together(self, sequences: int, steps: int) -> None:
+        """One batch a step, with a token of each sequence."""
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        batch = self._api.llama_batch_init(sequences, 0, 1)
+        tokens = [3] * sequences
+        for position in range(steps):
+            batch.n_tokens = sequences
+            for index, token in enumerate(tokens):
+                batch.token[index], batch.pos[index] = token, position
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, index
+                batch.logits[index] = True
+            self._compute(batch)
+            tokens = [self._likeliest(index) for index in range(sequences)]
+        self._api.llama_batch_free(batch)
+
+    def _likeliest(self, row: int) -> int:
+        logits = self._api.llama_get_logits_ith(self._context, row)
+        return int(np.ctypeslib.as_array(logits, (self._vocab,)).argmax())
 
     def _step(self, ids: list[int]) -> None:
         array = (self._api.llama_token * len(ids))(*ids)
-        status = self._api.llama_decode(
-            self._context, self._api.llama_batch_get_one(array, len(ids))
-        )
+        self._compute(self._api.llama_batch_get_one(array, len(ids)))
+
+    def _compute(self, batch: Any) -> None:
+        status = self._api.llama_decode(self._context, batch)
         if status:
-            raise RuntimeError(f"llama_decode returned {status} for {len(ids)} tokens")
+            raise RuntimeError(f"llama_decode returned {status} for {batch.n_tokens} tokens")
         self._api.llama_synchronize(self._context)
 
 
@@ -181,12 +215,20 @@ class Transformers:
         """Positions go on from the cache; `depth` only states them."""
         token = 3
         for _ in range(steps):
-            token = self._step([token])
+            (token,) = self._step([token])
 
-    def _step(self, ids: list[int]) -> int:
-        rows = self._torch.tensor([ids])
-        answer = self._model(rows, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        return int(answer.logits[0, -1].argmax())
+    def decode_together(self, sequences: int, steps: int) -> None:
+        """A row of the batch for each sequence."""
+        self._cache = self._transformers.DynamicCache()
+        tokens = [3] * sequences
+        for _ in range(steps):
+            tokens = self._step(*([token] for token in tokens))
+
+    def _step(self, *rows: list[int]) -> list[int]:
+        ids = self._torch.tensor(rows)
+        answer = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        drawn: list[int] = answer.logits[:, -1].argmax(dim=-1).tolist()
+        return drawn
 
 
 ENGINES: dict[str, Callable[[Path, Work], Engine]] = {
@@ -207,6 +249,11 @@ def decode_name(depth: int) -> str:
     return f"decode at {depth}"
 
 
+def together_name(sequences: int) -> str:
+    """Return the name of a run of several sequences in the results."""
+    return f"decode of {sequences}"
+
+
 def prompt(tokens: int) -> list[int]:
     """Return ids that are valid in any vocabulary here."""
     return [(7 * position + 3) % 512 for position in range(tokens)]
@@ -215,7 +262,7 @@ def prompt(tokens: int) -> list[int]:
 def measure(engine: Engine, work: Work) -> dict[str, float]:
     """Return tokens a second for each kind of work."""
     engine.prefill(prompt(work.prefill))
-    engine.decode(work.prefill, 2)
+    engine.decode(work.prefill, work.steps)
     began = time.perf_counter()
     engine.prefill(prompt(work.prefill))
     speeds = {prefill_name(work.prefill): work.prefill / (time.perf_counter() - began)}
@@ -224,6 +271,12 @@ def measure(engine: Engine, work: Work) -> dict[str, float]:
         began = time.perf_counter()
         engine.decode(depth, work.steps)
         speeds[decode_name(depth)] = work.steps / (time.perf_counter() - began)
+    if work.sequences:
+        engine.decode_together(work.sequences, 2)
+        began = time.perf_counter()
+        engine.decode_together(work.sequences, work.steps)
+        drawn = work.sequences * work.steps
+        speeds[together_name(work.sequences)] = drawn / (time.perf_counter() - began)
     return speeds
 
 
@@ -238,6 +291,13 @@ def add_work(parser: argparse.ArgumentParser) -> None:
         default=[0, 2048],
         metavar="TOKENS",
         help="tokens in the context when a decode run begins",
+    )
+    parser.add_argument(
+        "--sequences",
+        type=natural,
+        default=8,
+        metavar="COUNT",
+        help="sequences decoded side by side in one more run, 0 = none",
     )
     parser.add_argument("--threads", type=positive, default=1)
 
@@ -259,7 +319,7 @@ def natural(text: str) -> int:
 def work_of(arguments: argparse.Namespace) -> Work:
     """Return the work that the options state."""
     depths = tuple(arguments.depths)
-    return Work(arguments.prefill, arguments.steps, depths, arguments.threads)
+    return Work(arguments.prefill, arguments.steps, depths, arguments.sequences, arguments.threads)
 
 
 def main() -> None:

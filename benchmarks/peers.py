@@ -40,7 +40,15 @@ from peer_engines import (
     missing_packages,
     python_engine,
 )
-from peer_repeat import Work, add_work, decode_name, positive, prefill_name, work_of
+from peer_repeat import (
+    Work,
+    add_work,
+    decode_name,
+    positive,
+    prefill_name,
+    together_name,
+    work_of,
+)
 
 from bitllm.backends.cpu import cpu_info
 from bitllm.bench.timing import Spread
@@ -108,7 +116,7 @@ def add_llama_cpp(found: Field, python: str, arguments: argparse.Namespace, work
         name = f"llama.cpp {ternary}, {arguments.head} head"
         note(f"GGUF file for {name} ...")
         try:
-            path = ensure_gguf(python, arguments.model, arguments.gguf_dir, ternary, arguments.head)
+            path = ensure_gguf(arguments.model, arguments.gguf_dir, ternary, arguments.head)
         except PeerError as error:
             found.failed[name] = str(error)
         else:
@@ -146,6 +154,7 @@ def compare(ours: list[float], theirs: list[float]) -> dict[str, float]:
 def figures(outcomes: dict[str, Outcome], work: Work) -> list[dict[str, Any]]:
     """Return one row for each kind of work and engine, ours first."""
     kinds = [prefill_name(work.prefill), *map(decode_name, work.depths)]
+    kinds += [together_name(work.sequences)] if work.sequences else []
     rows: list[dict[str, Any]] = []
     for kind in kinds:
         ours = outcomes[OURS].samples.get(kind, [])

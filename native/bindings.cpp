@@ -21,6 +21,7 @@
 #include "numerics.h"
 #include "packing.h"
 #include "platform.h"
+#include "prepared_matrix.h"
 #include "probes.h"
 
 namespace nb = nanobind;
@@ -279,18 +280,20 @@ void bind_decoder(nb::module_& module) {
             "set_linear",
             [](BoundDecoder& self, size_t layer, const std::string& name,
                const Matrix<const uint8_t>& stored, const std::string& layout, size_t out_features,
-               size_t in_features, const F32& scales, size_t group) {
+               size_t in_features, const F32& scales, size_t group, const std::string& input) {
                 const LinearName which = linear_name(name);
+                const auto type = enumerator<InputType>(input, {"int8", "float"}, "input");
                 const StoredCodes codes{stored.data(), layout_named(layout), out_features,
                                         in_features};
                 require(stored.shape(0) == codes.rows() && stored.shape(1) == codes.row_bytes(),
                         "stored rows do not have the shape of their layout");
                 const nb::gil_scoped_release released;
-                return self.core().set_linear(layer, which, codes, span_of(scales), group);
+                return self.core().set_linear(layer, which, codes, span_of(scales), group, type);
             },
             "layer"_a, "name"_a, "stored"_a.noconvert(), "layout"_a, "out_features"_a,
-            "in_features"_a, "scales"_a.noconvert(), "group"_a,
-            "Pack a matrix for the kernels; returns how many rows are not all zero.")
+            "in_features"_a, "scales"_a.noconvert(), "group"_a, "input"_a = "int8",
+            "Pack a matrix for the kernels; returns how many rows are not all zero. Its inputs are "
+            "rounded to int8, or stay float.")
         .def(
             "set_linear_norm",
             [](BoundDecoder& self, size_t layer, const std::string& name, const F32& gain,
@@ -402,38 +405,78 @@ void bind_decoder(nb::module_& module) {
             "read the whole head after all.");
 }
 
-// Single products: rows are repacked a tile at a time, so that no second copy of the matrix is
-// needed.
-void multiply_canonical(const Kernels& kernels, const Matrix<const uint8_t>& packed,
-                        const Matrix<const int8_t>& q, const Matrix<int32_t>& out) {
-    constexpr size_t ROWS = 256;
-    const size_t rows = packed.shape(0), tokens = q.shape(0), k = q.shape(1);
-    std::vector<int8_t> padded(tokens * padded_columns(k));
-    std::vector<int32_t> sums(tokens);
-    for (size_t t = 0; t < tokens; ++t) {
-        std::memcpy(padded.data() + t * padded_columns(k), q.data() + t * k, k);
-        for (size_t i = 0; i < k; ++i) sums[t] += q.data()[t * k + i];
+size_t scratch_bytes(size_t vocab, size_t hidden, size_t kv_blocks, int threads,
+                     size_t max_batch_tokens, const std::string& head,
+                     const std::string& head_dtype, const Matrix<const int64_t>& layers,
+                     const Vector<const int64_t>& rope_pairs) {
+    constexpr size_t FIELDS = 7;
+    require(layers.shape(1) == FIELDS, "layers must be [n, 7]");
+    std::vector<LayerShape> shapes;
+    for (size_t i = 0; i < layers.shape(0); ++i) {
+        const int64_t* row = layers.data() + i * FIELDS;
+        for (size_t field = 0; field < FIELDS; ++field)
+            require(row[field] >= 0, "a shape is negative");
+        const auto size = [row](size_t field) { return static_cast<size_t>(row[field]); };
+        shapes.push_back(
+            {size(0), size(1), size(2), size(3), row[4] != 0, row[5] != 0, row[6] != 0});
     }
-    std::vector<uint8_t> tile(ROWS * packed_row_bytes(Packing::TWO_BIT, k));
-    std::vector<uint8_t> codes(ROWS * padded_columns(k)), zero(ROWS);
-    for (size_t row = 0; row < rows; row += ROWS) {
-        const size_t height = std::min(ROWS, rows - row);
-        const StoredCodes stored{packed.data() + row * canonical_row_bytes(k), Layout::CANONICAL,
-                                 height, k};
-        if (!examine(stored, 0, height, zero.data()).codes_only)
-            throw std::domain_error("packed weights hold the bits 11, which are no ternary code");
-        pack(stored, Packing::TWO_BIT, 0, height, nullptr, tile.data());
-        const IntegerKernels& integer = *kernels.integer;
-        if (tokens == 1) {
-            integer.packed[0].matvec(tile.data(), height, k, padded.data(), sums[0],
-                                     out.data() + row);
-            continue;
-        }
-        integer.packed[0].unpack(tile.data(), height, k, codes.data());
-        integer.codes_matmul(codes.data(), padded_columns(k), height, padded_columns(k),
-                             padded.data(), padded_columns(k), sums.data(), tokens,
-                             out.data() + row, rows);
+    std::vector<size_t> pairs;
+    for (const int64_t count : span_of(rope_pairs)) {
+        require(count >= 0, "a shape is negative");
+        pairs.push_back(static_cast<size_t>(count));
     }
+    RuntimeConfig runtime;
+    runtime.kv_blocks = kv_blocks;
+    runtime.threads = threads;
+    runtime.max_batch_tokens = max_batch_tokens;
+    return Decoder::planned_scratch({vocab, hidden}, runtime,
+                                    enumerator<HeadKind>(head, HEAD_KINDS, "head"),
+                                    float_type(head_dtype), shapes, pairs);
+}
+
+void bind_plan(nb::module_& module) {
+    module.def(
+        "scratch_bytes", &scratch_bytes, nb::kw_only(), "vocab"_a, "hidden"_a, "kv_blocks"_a,
+        "threads"_a, "max_batch_tokens"_a, "head"_a, "head_dtype"_a, "layers"_a.noconvert(),
+        "rope_pairs"_a.noconvert(),
+        "Decoder.scratch_bytes before there is one. Each row of layers: heads, kv_heads, "
+        "head_dim, ffn, and whether there are linears with norms of their own, with int8 and "
+        "with float inputs; rope_pairs: of each distinct table of frequencies.");
+}
+
+// A matrix that is packed once, and the kernels that multiply it.
+struct BoundMatrix {
+    const Kernels& kernels;
+    PreparedMatrix core;
+};
+
+void bind_prepared(nb::module_& module) {
+    nb::class_<BoundMatrix>(module, "PreparedMatrix", "A ternary matrix packed for the kernels.")
+        .def(
+            "__init__",
+            [](BoundMatrix* self, const Matrix<const uint8_t>& packed, size_t in_features,
+               const std::string& packing, const std::string& isa) {
+                const Kernels& kernels = kernels_named(isa);
+                const Packing how = packing_named(packing);
+                require(packed.shape(1) == canonical_row_bytes(in_features),
+                        "packed must be [rows, columns / 4]");
+                const StoredCodes codes{packed.data(), Layout::CANONICAL, packed.shape(0),
+                                        in_features};
+                const nb::gil_scoped_release released;
+                new (self) BoundMatrix{kernels, PreparedMatrix(codes, how)};
+            },
+            "packed"_a.noconvert(), "in_features"_a, "packing"_a, "isa"_a)
+        .def(
+            "multiply",
+            [](const BoundMatrix& self, const Matrix<const int8_t>& q, const Matrix<int32_t>& out) {
+                require(q.shape(1) == self.core.in_features() && out.shape(0) == q.shape(0) &&
+                            out.shape(1) == self.core.out_features(),
+                        "q and out do not fit the matrix");
+                const nb::gil_scoped_release released;
+                self.core.multiply(*self.kernels.integer, q.data(), q.shape(0), out.data());
+            },
+            "q"_a.noconvert(), "out"_a.noconvert())
+        .def_prop_ro("nbytes", [](const BoundMatrix& self) { return self.core.bytes(); });
 }
 
 void bind_ops(nb::module_& module) {
@@ -447,6 +490,8 @@ void bind_ops(nb::module_& module) {
                     "q and a must fit x");
             const nb::gil_scoped_release released;
             const FloatControlScope control;
+            if (!all_finite(x.data(), rows * n))
+                throw std::domain_error("activations hold NaN or infinity");
             std::vector<int8_t> padded(padded_columns(n));
             int32_t sum;
             for (size_t row = 0; row < rows; ++row) {
@@ -455,18 +500,6 @@ void bind_ops(nb::module_& module) {
             }
         },
         "x"_a.noconvert(), "q"_a.noconvert(), "a"_a.noconvert(), "isa"_a);
-    module.def(
-        "ternary_matmul",
-        [](const Matrix<const uint8_t>& packed, const Matrix<const int8_t>& q,
-           const Matrix<int32_t>& out, const std::string& isa) {
-            const Kernels& kernels = kernels_named(isa);
-            require(packed.shape(1) == canonical_row_bytes(q.shape(1)) &&
-                        out.shape(0) == q.shape(0) && out.shape(1) == packed.shape(0),
-                    "packed, q and out do not fit each other");
-            const nb::gil_scoped_release released;
-            multiply_canonical(kernels, packed, q, out);
-        },
-        "packed"_a.noconvert(), "q"_a.noconvert(), "out"_a.noconvert(), "isa"_a);
     module.def(
         "pack",
         [](const Matrix<const int8_t>& codes, const Matrix<uint8_t>& packed) {
@@ -613,6 +646,8 @@ void bind_machine(nb::module_& module) {
 NB_MODULE(_native, module) {
     module.doc() = "The native core of bitllm; private: use bitllm.backends.cpu and bitllm.ops.";
     bitllm::bind_decoder(module);
+    bitllm::bind_plan(module);
+    bitllm::bind_prepared(module);
     bitllm::bind_ops(module);
     bitllm::bind_numerics(module);
     bitllm::bind_machine(module);

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "dispatch.h"
 #include "platform.h"
 
 namespace bitllm {
@@ -42,10 +43,14 @@ bool all_below(const int32_t* values, size_t count, size_t bound) {
 }  // namespace
 
 Decoder::Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime)
+    : Decoder(kernels, model, runtime, shared_pool(runtime.threads)) {}
+
+Decoder::Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime,
+                 ThreadPool& crowd)
     : kernels_(kernels),
       model_(model),
       runtime_(runtime),
-      crowd_(shared_pool(runtime.threads)),
+      crowd_(crowd),
       solo_(shared_pool(1)),
       clocks_(static_cast<size_t>(runtime.threads)) {
     demand(model.vocab > 0 && model.hidden > 0, "vocabulary and hidden size must be positive");
@@ -104,7 +109,7 @@ void Decoder::set_vector(size_t layer, VectorName name, std::span<const float> v
 }
 
 size_t Decoder::set_linear(size_t layer, LinearName name, const StoredCodes& codes,
-                           std::span<const float> scales, size_t group) {
+                           std::span<const float> scales, size_t group, InputType input) {
     Linear& linear = linear_at(layer, name);
     const size_t out = codes.out, in = codes.in;
     demand(out > 0 && in > 0 && in <= LARGEST_INPUT,
@@ -115,6 +120,7 @@ size_t Decoder::set_linear(size_t layer, LinearName name, const StoredCodes& cod
            "a ternary matrix needs one scale, one a row, or one for each group of columns");
     linear.out = out;
     linear.in = in;
+    linear.input = input;
     linear.packing = runtime_.packing;
     linear.scales.assign(scales.begin(), scales.end());
     linear.group = group;
@@ -218,6 +224,31 @@ void Decoder::prepare() {
     arena_.emplace(plan_scratch(nullptr));
     plan_scratch(&*arena_);
     std::fill_n(last_writer_, runtime_.kv_blocks, uint64_t{0});
+}
+
+size_t Decoder::planned_scratch(ModelConfig model, RuntimeConfig runtime, HeadKind head,
+                                ValueType head_type, std::span<const LayerShape> layers,
+                                std::span<const size_t> rope_pairs) {
+    demand(runtime.threads > 0 && !layers.empty(), "threads and layers must be positive");
+    Decoder decoder(best_kernels(), model, runtime, shared_pool(1));
+    decoder.head_kind_ = decoder.chosen_head(head, head_type);
+    for (const LayerShape& shape : layers) {
+        demand(shape.int8_inputs || shape.float_inputs, "a layer has inputs of no type");
+        LayerConfig config;
+        config.heads = shape.heads;
+        config.kv_heads = shape.kv_heads;
+        config.head_dim = shape.head_dim;
+        Layer& layer = decoder.layers_[decoder.add_layer(std::move(config))];
+        for (Linear& linear : layer.linears)
+            linear.input = shape.int8_inputs ? InputType::INT8 : InputType::FLOAT;
+        if (shape.float_inputs) layer.linears[0].input = InputType::FLOAT;
+        if (shape.own_norms) layer.linears[0].norm.resize(1);
+        layer.linears[static_cast<size_t>(LinearName::DOWN)].in = shape.ffn;
+    }
+    decoder.rope_tables_.clear();
+    for (const size_t pairs : rope_pairs)
+        decoder.rope_tables_.push_back({std::vector<float>(pairs), nullptr, nullptr});
+    return decoder.plan_scratch(nullptr);
 }
 
 size_t Decoder::packed_bytes(LinearName name) const {

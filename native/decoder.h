@@ -56,11 +56,15 @@ struct RuntimeConfig {
     Packing packing = Packing::TWO_BIT;  // of all ternary matrices
 };
 
-// One ternary projection, y = rescale(packed @ quantize(norm(x))) + bias. Empty vectors = not
-// there.
+// What a linear multiplies its codes with: inputs rounded to 8 bits, or as they are.
+enum class InputType : uint8_t { INT8, FLOAT };
+
+// One ternary projection: y = rescale(packed @ quantize(norm(x))) + bias, or with inputs that are
+// not quantised y = (packed @ norm(x)) * scale + bias. Empty vectors = not there.
 struct Linear {
     size_t out = 0;
     size_t in = 0;
+    InputType input = InputType::INT8;
     Packing packing = Packing::TWO_BIT;
     std::span<const std::byte> packed;  // rows as in kernels.h; only those that are not all zero
     std::vector<uint32_t> kept;         // [out + 1]: rows kept before each row; empty = all of them
@@ -126,9 +130,28 @@ struct StepOutput {
     size_t top_width = 0;
 };
 
+// What scratch depends on in a layer, over all of its linears.
+struct LayerShape {
+    size_t heads = 0;
+    size_t kv_heads = 0;
+    size_t head_dim = 0;
+    size_t ffn = 0;
+    bool own_norms = false;  // of some linear
+    bool int8_inputs = true;
+    bool float_inputs = false;
+};
+
 class Decoder {
   public:
     Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime);
+
+    // The scratch_bytes() of a decoder once it is prepared, without making one or starting threads.
+    // `layers`: each shape once is enough. `rope_pairs`: dimensions turned, halved, for each
+    // distinct table of frequencies. A head that turns out not to be fit for rounding takes less.
+    // Throws std::invalid_argument.
+    static size_t planned_scratch(ModelConfig model, RuntimeConfig runtime, HeadKind head,
+                                  ValueType head_type, std::span<const LayerShape> layers,
+                                  std::span<const size_t> rope_pairs);
 
     // Building, in any order, before prepare(). All copy but set_embedding and set_head, and throw
     // std::invalid_argument where sizes contradict each other, or after prepare().
@@ -143,7 +166,8 @@ class Decoder {
     // multiple of 32, share one. Throws std::domain_error for bits that are no ternary code, or for
     // ROW_STRIDED bytes that are all zero, as a hole in a file is.
     size_t set_linear(size_t layer, LinearName name, const StoredCodes& codes,
-                      std::span<const float> scales, size_t group = 0);
+                      std::span<const float> scales, size_t group = 0,
+                      InputType input = InputType::INT8);
     void set_linear_norm(size_t layer, LinearName name, std::span<const float> gain, float eps);
     void set_linear_bias(size_t layer, LinearName name, std::span<const float> bias);
 
@@ -153,8 +177,8 @@ class Decoder {
 
     // One step. Steps of several threads queue. Throws std::invalid_argument for a batch that
     // contradicts itself or the model; then nothing was written. Throws std::overflow_error, naming
-    // the layer, where numbers to be quantised are NaN or infinite; then outputs and what the batch
-    // wrote into its KV blocks mean nothing, and the next step is as good as any.
+    // the layer, where inputs of linears are NaN or infinite; then outputs and what the batch wrote
+    // into its KV blocks mean nothing, and the next step is as good as any.
     void forward(const StepInput& input, const StepOutput& output);
 
     // Forgets what stages took, and measures them from now on or no more. Then: seconds of each in
@@ -206,11 +230,12 @@ class Decoder {
         size_t kv_width() const { return config.kv_heads * config.head_dim; }
         size_t ffn_width() const { return linear(LinearName::DOWN).in; }
     };
-    // Quantised inputs of linears, one vector a token.
-    struct Quantized {
+    // Inputs of linears, one vector a token: quantised, as they are, or both where linears differ.
+    struct Inputs {
         int8_t* values = nullptr;  // [tokens][padded columns]
         float* scales = nullptr;   // [tokens], the a of kernels.h
         int32_t* sums = nullptr;   // [tokens]
+        float* floats = nullptr;   // [tokens][columns]
     };
     struct RopeTable {
         std::vector<float> inverse_frequencies;
@@ -246,6 +271,9 @@ class Decoder {
         const void* values;
         const float* key_scales;
         const float* value_scales;
+        // What the kernels ask for meanwhile, as a distance in bytes; 0: nothing.
+        uintptr_t values_ahead;  // behind the keys
+        uintptr_t keys_ahead;    // those of the next block, behind the values
     };
     // An output request: its kind, its index among those of its kind, and where its logits are.
     struct Request {
@@ -259,6 +287,7 @@ class Decoder {
         float* normed;          // [widest input]
         int32_t* accumulators;  // of one tile of a product
         uint8_t* codes;         // unpacked rows of one tile of a product
+        int8_t* signed_codes;   // the same as -1, 0, 1, for inputs that are not quantised
         float* queries;         // [TILE_QUERIES][head_dim]
         float* scores;          // [TILE_QUERIES][KV_BLOCK_SIZE]
         float* keep;            // [TILE_QUERIES]
@@ -270,6 +299,8 @@ class Decoder {
         std::optional<Sampler> sampler;
     };
 
+    Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime, ThreadPool& crowd);
+    HeadKind chosen_head(HeadKind kind, ValueType type) const;
     void demand_building() const;
     void check_blocks(const int32_t* blocks, size_t count) const;
     Layer& layer_at(size_t index);
@@ -295,16 +326,21 @@ class Decoder {
     void embed(size_t token);
     void compute_rope(size_t token);
     void add_to_residual(size_t token, const float* post_norm, float eps);
-    void quantize_inputs(const Layer& layer, std::span<const LinearName> names, size_t token,
-                         const float* x, const float* norm, Workspace& own);
+    void prepare_inputs(const Layer& layer, std::span<const LinearName> names, size_t token,
+                        const float* x, const float* norm, Workspace& own);
+    void store_input(const Layer& layer, const float* x, size_t n, InputType type, size_t token,
+                     const Inputs& inputs);
     void multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride,
                   Workspace& own);
-    void multiply_token(const Linear& linear, const Quantized& input, Range rows, float* out,
+    void multiply_token(const Linear& linear, const Inputs& input, Range rows, float* out,
                         Workspace& own);
-    void multiply_tokens(const Linear& linear, const Quantized& input, Range rows, float* out,
+    void multiply_tokens(const Linear& linear, const Inputs& input, Range rows, float* out,
                          size_t stride, Workspace& own);
-    void multiply_groups(const Linear& linear, const Quantized& input, Range rows, float* out,
+    void multiply_groups(const Linear& linear, const Inputs& input, Range rows, float* out,
                          size_t stride, Workspace& own);
+    void multiply_floats(const Linear& linear, const Inputs& input, Range rows, float* out,
+                         size_t stride, Workspace& own);
+    void sign_codes(const Linear& linear, Range kept, size_t width, Workspace& own) const;
     const PackedKernels& packed_kernels(const Linear& linear) const {
         return kernels_.integer->packed[static_cast<size_t>(linear.packing)];
     }
@@ -364,8 +400,7 @@ class Decoder {
     float* residual_ = nullptr;   // [tokens][hidden]
     float* block_out_ = nullptr;  // [tokens][hidden]: what o and down give
     float* work_ = nullptr;       // [tokens]: q, k, v of a token side by side, or its gate and up
-    std::array<Quantized, 4>
-        quantized_{};  // what linears share, then own inputs of up to three of them
+    std::array<Inputs, 4> inputs_{};  // what linears share, then own inputs of up to three of them
     uint32_t* run_of_token_ = nullptr;  // [tokens]
     uint64_t* last_writer_ = nullptr;   // [kv_blocks]: the last step that wrote into each
     Tile* tiles_ = nullptr;             // [tokens]

@@ -35,6 +35,10 @@ void narrow(const float* values, ValueType type, size_t n, std::byte* out, size_
     }
 }
 
+uintptr_t distance(const void* from, const void* to) {
+    return reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from);
+}
+
 // Merges the highest score and the sum of weights of later positions into those of earlier ones;
 // `keep` and `join` are what sums of values have to be multiplied with.
 void merge(float& highest, float& total, float next_highest, float next_total, float& keep,
@@ -280,8 +284,11 @@ void Decoder::attend_chunk(const Layer& layer, const Tile& tile, Range heads, si
     const size_t end = std::min((chunk + 1) * CHUNK, last + 1);
     for (size_t block = begin / KV_BLOCK_SIZE; block * KV_BLOCK_SIZE < end; ++block) {
         const size_t start = block * KV_BLOCK_SIZE;
-        const KvBlock kv =
+        KvBlock kv =
             widened(layer, kv_rows(layer, run, start, kv_head), queries >= WIDEN_FROM, own);
+        if (kv.values_ahead && start + KV_BLOCK_SIZE < end)
+            kv.keys_ahead =
+                distance(kv.values, kv_rows(layer, run, start + KV_BLOCK_SIZE, kv_head));
         if (first_seen(layer, last) <= start && start + KV_BLOCK_SIZE <= position + 1) {
             merge_block(layer, kv, {0, queries}, {0, KV_BLOCK_SIZE}, own);
             continue;
@@ -300,7 +307,7 @@ Decoder::KvBlock Decoder::widened(const Layer& layer, std::byte* keys, bool many
     const size_t n = layer.config.head_dim, size = KV_BLOCK_SIZE * n;
     const ValueType type = runtime_.kv_type;
     std::byte* values = keys + layer.value_offset;
-    KvBlock kv{type, keys, values, nullptr, nullptr};
+    KvBlock kv{type, keys, values, nullptr, nullptr, layer.value_offset, 0};
     if (type == ValueType::I8) {
         kv.key_scales = scales_of(keys, n);
         kv.value_scales = scales_of(values, n);
@@ -311,6 +318,7 @@ Decoder::KvBlock Decoder::widened(const Layer& layer, std::byte* keys, bool many
         kv.type = ValueType::F32;
         kv.keys = own.widened;
         kv.values = own.widened + size;
+        kv.values_ahead = 0;
     }
     return kv;
 }
@@ -321,7 +329,7 @@ void Decoder::merge_block(const Layer& layer, const KvBlock& kv, Range queries, 
     const LayerConfig& config = layer.config;
     const size_t n = config.head_dim, count = queries.end - queries.begin;
     kernels_.attention_scores(own.queries + queries.begin * n, count, kv.keys, kv.type, n,
-                              config.query_scale, own.scores);
+                              config.query_scale, kv.values_ahead, own.scores);
     int32_t fits = 1;
     for (size_t i = 0; i < count; ++i) {
         float* scores = own.scores + i * KV_BLOCK_SIZE;
@@ -341,7 +349,7 @@ void Decoder::merge_block(const Layer& layer, const KvBlock& kv, Range queries, 
     }
     if (!fits) spoil(layer);
     kernels_.weighted_values(own.scores, count, kv.values, kv.type, places.begin, places.end, n,
-                             own.keep, own.join, own.chunk.sums + queries.begin * n);
+                             own.keep, own.join, kv.keys_ahead, own.chunk.sums + queries.begin * n);
 }
 
 void Decoder::plan_attention(Planner& plan) {

@@ -17,13 +17,16 @@ constexpr size_t WORTH_SCREENING = size_t{32} << 20;
 
 }  // namespace
 
+HeadKind Decoder::chosen_head(HeadKind kind, ValueType type) const {
+    if (kind != HeadKind::AUTO) return kind;
+    const size_t bytes = model_.vocab * model_.hidden * size_of(type);
+    return bytes >= WORTH_SCREENING ? HeadKind::SCREENED : HeadKind::FULL;
+}
+
 void Decoder::set_head(DenseMatrix head, HeadKind kind) {
     demand_building();
     head_ = head;
-    if (kind == HeadKind::AUTO)
-        kind = model_.vocab * model_.hidden * size_of(head.type) >= WORTH_SCREENING
-                   ? HeadKind::SCREENED
-                   : HeadKind::FULL;
+    kind = chosen_head(kind, head.type);
     screen_.reset();
     rounded_head_.reset();
     head_kind_ = HeadKind::FULL;

@@ -1,4 +1,4 @@
-// The ternary products of a step: quantised inputs, and the rows of each matrix.
+// The ternary products of a step: inputs, quantised or not, and the rows of each matrix.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -51,35 +51,45 @@ void spread(const Linear& linear, Range rows, int32_t* accumulators) {
 
 // Input vectors of linears that read x: one that is shared, and one for each linear with a norm of
 // its own.
-void Decoder::quantize_inputs(const Layer& layer, std::span<const LinearName> names, size_t token,
-                              const float* x, const float* norm, Workspace& own) {
+void Decoder::prepare_inputs(const Layer& layer, std::span<const LinearName> names, size_t token,
+                             const float* x, const float* norm, Workspace& own) {
     const size_t n = layer.linear(names[0]).in;
-    const auto quantize = [&](const float* values, Quantized& input) {
-        if (!all_finite(values, n)) spoil(layer);
-        input.scales[token] = kernels_.quantize(values, n, input.values + token * padded_columns(n),
-                                                input.sums + token);
-    };
     if (norm) {
         kernels_.rms_norm(x, norm, n, layer.config.norm_eps, own.row);
         x = own.row;
     }
-    const auto shares = [&](LinearName name) { return layer.linear(name).norm.empty(); };
-    if (std::any_of(names.begin(), names.end(), shares)) quantize(x, quantized_[0]);
+    for (const InputType type : {InputType::INT8, InputType::FLOAT}) {
+        const auto shares = [&](LinearName name) {
+            return layer.linear(name).norm.empty() && layer.linear(name).input == type;
+        };
+        if (std::any_of(names.begin(), names.end(), shares))
+            store_input(layer, x, n, type, token, inputs_[0]);
+    }
     for (const LinearName name : names) {
-        if (shares(name)) continue;
         const Linear& linear = layer.linear(name);
+        if (linear.norm.empty()) continue;
         kernels_.rms_norm(x, linear.norm.data(), n, linear.norm_eps, own.normed);
-        quantize(own.normed, quantized_[own_input(name)]);
+        store_input(layer, own.normed, n, linear.input, token, inputs_[own_input(name)]);
     }
 }
 
-// Rows of y = rescale(packed @ q) + bias for all tokens; out has one row of `stride` values a
-// token.
+void Decoder::store_input(const Layer& layer, const float* x, size_t n, InputType type,
+                          size_t token, const Inputs& inputs) {
+    if (!all_finite(x, n)) spoil(layer);
+    if (type == InputType::INT8)
+        inputs.scales[token] =
+            kernels_.quantize(x, n, inputs.values + token * padded_columns(n), inputs.sums + token);
+    else
+        std::copy_n(x, n, inputs.floats + token * n);
+}
+
+// Rows of y = product + bias for all tokens; out has one row of `stride` values a token.
 void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride,
                        Workspace& own) {
     const Linear& linear = layer.linear(name);
-    const Quantized& input = quantized_[linear.norm.empty() ? 0 : own_input(name)];
-    const bool whole_rows = linear.group == 0;
+    const Inputs& input = inputs_[linear.norm.empty() ? 0 : own_input(name)];
+    const bool floats = linear.input == InputType::FLOAT;
+    const bool whole_rows = linear.group == 0 && !floats;
     const size_t row_tile = tokens_ == 1 && whole_rows ? ACCUMULATORS : ROW_TILE;
     for (size_t row = rows.begin; row < rows.end; row += row_tile) {
         const Range tile = {row, std::min(row + row_tile, rows.end)};
@@ -87,6 +97,8 @@ void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* o
             multiply_token(linear, input, tile, out, own);
         else if (whole_rows)
             multiply_tokens(linear, input, tile, out, stride, own);
+        else if (floats)
+            multiply_floats(linear, input, tile, out, stride, own);
         else
             multiply_groups(linear, input, tile, out, stride, own);
         if (linear.bias.empty()) continue;
@@ -96,7 +108,7 @@ void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* o
     }
 }
 
-void Decoder::multiply_token(const Linear& linear, const Quantized& input, Range rows, float* out,
+void Decoder::multiply_token(const Linear& linear, const Inputs& input, Range rows, float* out,
                              Workspace& own) {
     const Range kept = kept_of(linear, rows);
     packed_kernels(linear).matvec(packed_row(linear, kept.begin), kept.end - kept.begin, linear.in,
@@ -106,7 +118,7 @@ void Decoder::multiply_token(const Linear& linear, const Quantized& input, Range
 
 // TOKEN_TILE tokens at a time, so that their accumulators stay in the first cache. Few tokens take
 // rows as they are; for many, rows are unpacked once, and the codes stay in the second cache.
-void Decoder::multiply_tokens(const Linear& linear, const Quantized& input, Range rows, float* out,
+void Decoder::multiply_tokens(const Linear& linear, const Inputs& input, Range rows, float* out,
                               size_t stride, Workspace& own) {
     const size_t height = rows.end - rows.begin, columns = padded_columns(linear.in);
     const Range kept = kept_of(linear, rows);
@@ -130,7 +142,7 @@ void Decoder::multiply_tokens(const Linear& linear, const Quantized& input, Rang
 }
 
 // y = 0 + product of the first group + product of the second + ...
-void Decoder::multiply_groups(const Linear& linear, const Quantized& input, Range rows, float* out,
+void Decoder::multiply_groups(const Linear& linear, const Inputs& input, Range rows, float* out,
                               size_t stride, Workspace& own) {
     const size_t height = rows.end - rows.begin, columns = padded_columns(linear.in);
     const size_t groups = (linear.in + linear.group - 1) / linear.group;
@@ -161,6 +173,47 @@ void Decoder::multiply_groups(const Linear& linear, const Quantized& input, Rang
                                  products);
                 kernels_.add(out + (token + i) * stride + rows.begin, products, height);
             }
+        }
+    }
+}
+
+// y = 0 + lane_sum(codes * x) * scale of the first group + the same of the second + ...; a row
+// with one scale is one group. Codes are unpacked once for all tokens, and multiplied as a dense
+// matrix of bytes is.
+void Decoder::multiply_floats(const Linear& linear, const Inputs& input, Range rows, float* out,
+                              size_t stride, Workspace& own) {
+    const Range kept = kept_of(linear, rows);
+    const size_t height = kept.end - kept.begin, width = linear.group ? linear.group : linear.in;
+    const size_t groups = (linear.in + width - 1) / width;
+    sign_codes(linear, kept, width, own);
+    for (size_t token = 0; token < tokens_; ++token) {
+        float* y = out + token * stride;
+        std::fill(y + rows.begin, y + rows.end, 0.0f);
+        for (size_t group = 0; group < groups; ++group) {
+            const size_t first = group * width, columns = std::min(width, linear.in - first);
+            float sums[ROW_TILE];
+            kernels_.dense_matvec(own.signed_codes + height * first, ValueType::I8, height, columns,
+                                  input.floats + token * linear.in + first, sums);
+            const float* sum = sums;
+            for (size_t row = rows.begin; row < rows.end; ++row) {
+                const bool zero = !linear.kept.empty() && linear.kept[row] == linear.kept[row + 1];
+                const size_t scale = linear.scales.size() == 1 ? 0 : row * groups + group;
+                y[row] = y[row] + (zero ? 0.0f : *sum++) * linear.scales[scale];
+            }
+        }
+    }
+}
+
+// The codes of some rows, group after group of `width` columns, in each group row after row.
+void Decoder::sign_codes(const Linear& linear, Range kept, size_t width, Workspace& own) const {
+    const size_t height = kept.end - kept.begin;
+    for (size_t i = 0; i < height; ++i) {
+        packed_kernels(linear).unpack(packed_row(linear, kept.begin + i), 1, linear.in, own.codes);
+        for (size_t first = 0; first < linear.in; first += width) {
+            const size_t columns = std::min(width, linear.in - first);
+            const uint8_t* codes = own.codes + first;
+            int8_t* to = own.signed_codes + height * first + i * columns;
+            for (size_t k = 0; k < columns; ++k) to[k] = static_cast<int8_t>(codes[k] - 1);
         }
     }
 }

@@ -32,12 +32,15 @@ constexpr LinearName DOWN[] = {LinearName::DOWN};
 
 size_t Decoder::plan_scratch(Arena* arena) {
     size_t work_width = 0, input_width = model_.hidden;
-    bool own_norms = false;
+    bool own_norms = false, quantized = false, floats = false;
     for (const Layer& layer : layers_) {
         work_width = std::max(
             {work_width, layer.query_width() + 2 * layer.kv_width(), 2 * layer.ffn_width()});
         input_width = std::max({input_width, layer.query_width(), layer.ffn_width()});
-        for (const Linear& linear : layer.linears) own_norms = own_norms || !linear.norm.empty();
+        for (const Linear& linear : layer.linears) {
+            own_norms = own_norms || !linear.norm.empty();
+            (linear.input == InputType::INT8 ? quantized : floats) = true;
+        }
     }
     const size_t tokens = runtime_.max_batch_tokens;
     logit_rows_ =
@@ -47,11 +50,12 @@ size_t Decoder::plan_scratch(Arena* arena) {
     residual_ = plan.take<float>(tokens * model_.hidden);
     block_out_ = plan.take<float>(tokens * model_.hidden);
     work_ = plan.take<float>(tokens * work_width);
-    for (size_t i = 0; i < (own_norms ? quantized_.size() : 1); ++i) {
-        Quantized& input = quantized_[i];
-        input.values = plan.take<int8_t>(tokens * padded_columns(input_width));
-        input.scales = plan.take<float>(tokens);
-        input.sums = plan.take<int32_t>(tokens);
+    for (size_t i = 0; i < (own_norms ? inputs_.size() : 1); ++i) {
+        Inputs& input = inputs_[i];
+        input.values = plan.take<int8_t>(quantized ? tokens * padded_columns(input_width) : 0);
+        input.scales = plan.take<float>(quantized ? tokens : 0);
+        input.sums = plan.take<int32_t>(quantized ? tokens : 0);
+        input.floats = plan.take<float>(floats ? tokens * input_width : 0);
     }
     for (RopeTable& table : rope_tables_) {
         table.cosines = plan.take<float>(tokens * table.inverse_frequencies.size());
@@ -64,16 +68,25 @@ size_t Decoder::plan_scratch(Arena* arena) {
     logits_ = plan.take<float>(logit_rows_ * model_.vocab);
 
     workspaces_.resize(static_cast<size_t>(runtime_.threads));
-    for (Workspace& own : workspaces_) {
+    for (size_t worker = 0; worker < workspaces_.size(); ++worker) {
+        Workspace& own = workspaces_[worker];
         own.row = plan.take<float>(input_width);
         own.normed = plan.take<float>(own_norms ? input_width : 0);
         own.accumulators = plan.take<int32_t>(ACCUMULATORS);
-        own.codes = plan.take<uint8_t>(ROW_TILE * padded_columns(input_width));
+        own.codes = plan.take<uint8_t>((quantized ? ROW_TILE : 1) * padded_columns(input_width));
+        own.signed_codes = plan.take<int8_t>(floats ? ROW_TILE * input_width : 0);
         own.requests = plan.take<Request>(logit_rows_);
+        // More workers than rows of logits never draw at once.
+        if (worker >= logit_rows_) continue;
         if (arena) own.sampler.emplace(kernels_, model_.vocab, *arena);
         plan.bytes += Sampler::scratch_bytes(model_.vocab);
     }
-    if (screen_) plan.bytes += screen_->take_scratch(arena, logit_rows_);
+    if (head_kind_ == HeadKind::SCREENED || head_kind_ == HeadKind::INT8_SCREENED) {
+        const auto bits =
+            head_kind_ == HeadKind::SCREENED ? RoundedHead::Bits::FOUR : RoundedHead::Bits::EIGHT;
+        plan.bytes += HeadScreen::scratch_bytes(bits, model_.vocab, model_.hidden, logit_rows_);
+        if (arena) screen_->take_scratch(*arena, logit_rows_);
+    }
     plan_attention(plan);
     return plan.bytes;
 }
@@ -108,8 +121,8 @@ void Decoder::forward(const StepInput& input, const StepOutput& output) {
                                   ": activations hold NaN or infinity");
 }
 
-// Remembers the first layer that was given, or made, numbers that cannot be quantised. The step
-// goes on, so that all workers come to its barriers.
+// Remembers the first layer that was given, or made, numbers that are none. The step goes on, so
+// that all workers come to its barriers.
 void Decoder::spoil(const Layer& layer) {
     const auto index = static_cast<size_t>(&layer - layers_.data());
     size_t first = spoilt_layer_.load(std::memory_order_relaxed);
@@ -185,8 +198,8 @@ void Decoder::attention_block(const Layer& layer, int worker, Workspace& own) {
     const size_t stride = layer.query_width() + 2 * layer.kv_width();
     const Range mine = split(tokens_, worker, pool_->size());
     for (size_t token = mine.begin; token < mine.end; ++token)
-        quantize_inputs(layer, QKV, token, residual_ + token * model_.hidden,
-                        layer.vector(VectorName::ATTN_NORM), own);
+        prepare_inputs(layer, QKV, token, residual_ + token * model_.hidden,
+                       layer.vector(VectorName::ATTN_NORM), own);
     end_stage(Stage::QUANTIZE, worker);
     project(layer, worker, own);
     end_stage(Stage::QKV, worker);
@@ -195,8 +208,8 @@ void Decoder::attention_block(const Layer& layer, int worker, Workspace& own) {
     attend(layer, worker, own);  // replaces q
     end_stage(Stage::ATTENTION, worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
-        quantize_inputs(layer, OUT, token, work_ + token * stride,
-                        layer.vector(VectorName::ATTN_SUB_NORM), own);
+        prepare_inputs(layer, OUT, token, work_ + token * stride,
+                       layer.vector(VectorName::ATTN_SUB_NORM), own);
     end_stage(Stage::QUANTIZE, worker);
     multiply_all(layer, LinearName::O, block_out_, worker, own);
     end_stage(Stage::O, worker);
@@ -209,14 +222,14 @@ void Decoder::ffn_block(const Layer& layer, int worker, Workspace& own) {
     const size_t stride = 2 * layer.ffn_width();
     const Range mine = split(tokens_, worker, pool_->size());
     for (size_t token = mine.begin; token < mine.end; ++token)
-        quantize_inputs(layer, GATE_UP, token, residual_ + token * model_.hidden,
-                        layer.vector(VectorName::FFN_NORM), own);
+        prepare_inputs(layer, GATE_UP, token, residual_ + token * model_.hidden,
+                       layer.vector(VectorName::FFN_NORM), own);
     end_stage(Stage::QUANTIZE, worker);
     expand(layer, worker, own);
     end_stage(Stage::GATE_UP, worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
-        quantize_inputs(layer, DOWN, token, work_ + token * stride,
-                        layer.vector(VectorName::FFN_SUB_NORM), own);
+        prepare_inputs(layer, DOWN, token, work_ + token * stride,
+                       layer.vector(VectorName::FFN_SUB_NORM), own);
     end_stage(Stage::QUANTIZE, worker);
     multiply_all(layer, LinearName::DOWN, block_out_, worker, own);
     end_stage(Stage::DOWN, worker);

@@ -16,9 +16,7 @@ bool runs_avx512vnni(const CpuFeatures& cpu) {
 }
 #endif
 
-}  // namespace
-
-std::vector<const Kernels*> available_kernels() {
+std::vector<const Kernels*> detected_kernels() {
     std::vector<const Kernels*> sets;
 #if defined(__x86_64__) || defined(_M_X64)
     const CpuFeatures cpu = cpu_features();
@@ -34,6 +32,14 @@ std::vector<const Kernels*> available_kernels() {
     sets.push_back(&neon_base_kernels);
 #endif
     sets.push_back(&scalar_kernels);
+    return sets;
+}
+
+}  // namespace
+
+// Once: under a hypervisor each question to the CPU takes microseconds.
+const std::vector<const Kernels*>& available_kernels() {
+    static const std::vector<const Kernels*> sets = detected_kernels();
     return sets;
 }
 

@@ -15,6 +15,6 @@ const Kernels& best_kernels();
 const Kernels* find_kernels(std::string_view name);
 
 // All sets that this CPU runs, best first.
-std::vector<const Kernels*> available_kernels();
+const std::vector<const Kernels*>& available_kernels();
 
 }  // namespace bitllm

@@ -45,24 +45,26 @@ HeadScreen::HeadScreen(const Kernels& kernels, DenseMatrix head, const RoundedHe
                        size_t vocab)
     : kernels_(kernels), head_(head), rounded_(rounded), vocab_(vocab) {}
 
-size_t HeadScreen::take_scratch(Arena* arena, size_t slots) {
+void HeadScreen::take_scratch(Arena& arena, size_t slots) {
     const size_t padded = align_up(vocab_, GRAIN);
     slots_.resize(slots);
-    size_t bytes = 0;
     for (Slot& slot : slots_) {
-        if (arena) {
-            slot.approx = arena->take<float>(padded);
-            slot.upper = arena->take<float>(padded);
-            slot.noise = arena->take<float>(padded);
-            slot.approx_peaks = arena->take<float>(padded / SCREEN_ROWS);
-            slot.upper_peaks = arena->take<float>(padded / SCREEN_ROWS);
-            slot.list = arena->take<int32_t>(vocab_);
-        }
-        bytes += 3 * Arena::bytes_for<float>(padded) +
-                 2 * Arena::bytes_for<float>(padded / SCREEN_ROWS) +
-                 Arena::bytes_for<int32_t>(vocab_) + rounded_.take_query(arena, &slot.query);
+        slot.approx = arena.take<float>(padded);
+        slot.upper = arena.take<float>(padded);
+        slot.noise = arena.take<float>(padded);
+        slot.approx_peaks = arena.take<float>(padded / SCREEN_ROWS);
+        slot.upper_peaks = arena.take<float>(padded / SCREEN_ROWS);
+        slot.list = arena.take<int32_t>(vocab_);
+        rounded_.take_query(arena, slot.query);
     }
-    return bytes;
+}
+
+size_t HeadScreen::scratch_bytes(RoundedHead::Bits bits, size_t vocab, size_t hidden,
+                                 size_t slots) {
+    const size_t padded = align_up(vocab, GRAIN);
+    return slots * (3 * Arena::bytes_for<float>(padded) +
+                    2 * Arena::bytes_for<float>(padded / SCREEN_ROWS) +
+                    Arena::bytes_for<int32_t>(vocab) + RoundedHead::query_bytes(bits, hidden));
 }
 
 void HeadScreen::pass(size_t slot, bool all) {

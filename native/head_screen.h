@@ -31,8 +31,9 @@ class HeadScreen {
   public:
     HeadScreen(const Kernels& kernels, DenseMatrix head, const RoundedHead& rounded, size_t vocab);
 
-    // Takes scratch for that many slots of an arena; or only counts what it would take.
-    size_t take_scratch(Arena* arena, size_t slots);
+    // Takes scratch for that many slots of an arena; and what it takes.
+    void take_scratch(Arena& arena, size_t slots);
+    static size_t scratch_bytes(RoundedHead::Bits bits, size_t vocab, size_t hidden, size_t slots);
 
     // Entry `entry` of a plan wants a token. hidden: [hidden], logits: [vocab]; both stay.
     void begin(size_t slot, const SamplePlan& plan, size_t entry, const float* hidden,

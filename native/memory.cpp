@@ -54,7 +54,9 @@ BlockStorage::BlockStorage(size_t blocks, size_t block_bytes)
     : blocks_(blocks), block_bytes_(block_bytes), stride_(align_up(block_bytes)) {
     if (stride_ < block_bytes || (stride_ && blocks > std::numeric_limits<size_t>::max() / stride_))
         throw std::bad_alloc();
-    pages_ = Pages(blocks * stride_);
+    // Blocks as large as huge pages lie on them: a reader jumps from block to block.
+    constexpr size_t LARGE = size_t{1} << 20;
+    pages_ = Pages(blocks * stride_, stride_ >= LARGE);
 }
 
 void BlockStorage::copy(size_t source, size_t destination) {

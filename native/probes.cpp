@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "platform.h"
 #include "thread_pool.h"
 
@@ -25,8 +26,9 @@ double seconds_since(Clock::time_point start) {
 }
 
 // The same random-looking codes in either packing; only 0, 1 and 2 occur.
-std::vector<uint8_t> some_weights(Packing packing, size_t bytes) {
-    std::vector<uint8_t> packed(bytes);
+Pages some_weights(Packing packing, size_t bytes) {
+    Pages pages(bytes);
+    auto* packed = reinterpret_cast<uint8_t*>(pages.data());
     for (size_t i = 0; i < bytes; ++i) {
         const size_t digits = i * 2654435761u >> 7;
         if (packing == Packing::BASE3) {
@@ -37,14 +39,26 @@ std::vector<uint8_t> some_weights(Packing packing, size_t bytes) {
         for (unsigned shift = 0; shift < 8; shift += 2, rest /= 3)
             packed[i] |= static_cast<uint8_t>(rest % 3 << shift);
     }
-    return packed;
+    return pages;
 }
 
-// What a thread needs for operations of its own.
+// What a thread needs for operations of its own, where a decoder would have it.
 struct Operation {
-    std::vector<float> x, y;
-    std::vector<int8_t> q;
-    std::vector<int32_t> sums;
+    Operation(size_t rows, size_t columns)
+        : scratch(Arena::bytes_for<float>(columns) + Arena::bytes_for<float>(rows) +
+                  Arena::bytes_for<int8_t>(padded_columns(columns)) +
+                  Arena::bytes_for<int32_t>(rows)),
+          x(scratch.take<float>(columns)),
+          y(scratch.take<float>(rows)),
+          q(scratch.take<int8_t>(padded_columns(columns))),
+          sums(scratch.take<int32_t>(rows)) {
+        for (size_t i = 0; i < columns; ++i) x[i] = static_cast<float>(i % 97) - 48.0f;
+    }
+
+    Arena scratch;
+    float *x, *y;
+    int8_t* q;
+    int32_t* sums;
 };
 
 }  // namespace
@@ -77,16 +91,11 @@ double quantized_operations(const Kernels& kernels, Packing packing, int threads
         throw std::invalid_argument("a quantised operation needs rows, and 1 .. " +
                                     std::to_string(LARGEST_INPUT) + " columns");
     ThreadPool& pool = shared_pool(threads);
-    const auto weights = some_weights(packing, rows * packed_row_bytes(packing, columns));
+    const Pages weights = some_weights(packing, rows * packed_row_bytes(packing, columns));
+    const auto* packed = reinterpret_cast<const uint8_t*>(weights.data());
     const float scale = 0.5f;
-    std::vector<Operation> operations(static_cast<size_t>(threads));
-    for (Operation& own : operations) {
-        own.x.resize(columns);
-        own.y.resize(rows);
-        own.q.resize(padded_columns(columns));
-        own.sums.resize(rows);
-        for (size_t i = 0; i < columns; ++i) own.x[i] = static_cast<float>(i % 97) - 48.0f;
-    }
+    std::vector<Operation> operations;
+    for (int worker = 0; worker < threads; ++worker) operations.emplace_back(rows, columns);
     std::atomic<int64_t> done = 0;
     Clock::time_point start;
     pool.parallel([&](int worker, int) {
@@ -98,9 +107,9 @@ double quantized_operations(const Kernels& kernels, Packing packing, int threads
         int64_t count = 0;
         for (; count % 8 != 0 || seconds_since(began) < seconds; ++count) {
             int32_t q_sum;
-            const float a = kernels.quantize(own.x.data(), columns, own.q.data(), &q_sum);
-            products.matvec(weights.data(), rows, columns, own.q.data(), q_sum, own.sums.data());
-            kernels.rescale(own.sums.data(), rows, a, &scale, 0, own.y.data());
+            const float a = kernels.quantize(own.x, columns, own.q, &q_sum);
+            products.matvec(packed, rows, columns, own.q, q_sum, own.sums);
+            kernels.rescale(own.sums, rows, a, &scale, 0, own.y);
         }
         done += count;
     });

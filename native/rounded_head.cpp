@@ -59,6 +59,8 @@ float norm_bound(const float* row, size_t n) {
     return static_cast<float>((grown + 0x1p-70 * static_cast<double>(n)) * (1.0 + 0x1p-20));
 }
 
+size_t groups_of(size_t hidden) { return (hidden + SCREEN_GROUP - 1) / SCREEN_GROUP; }
+
 // The scale of a group, a bfloat16 with LARGEST_CODE * scale >= the largest magnitude; 0 for zeros.
 uint16_t scale_bits(float largest) {
     if (largest == 0.0f) return 0;
@@ -128,17 +130,16 @@ void round_group(const float* weights, float inverse, const uint32_t* words, uin
 
 RoundedHead::RoundedHead(const Kernels& kernels, Bits bits, DenseMatrix head, size_t vocab,
                          size_t hidden, ThreadPool& pool)
-    : kernels_(kernels),
-      bits_(bits),
-      vocab_(vocab),
-      hidden_(hidden),
-      groups_((hidden + SCREEN_GROUP - 1) / SCREEN_GROUP) {
+    : kernels_(kernels), bits_(bits), vocab_(vocab), hidden_(hidden), groups_(groups_of(hidden)) {
     const size_t row_groups = (vocab + SCREEN_ROWS - 1) / SCREEN_ROWS;
     const bool four = bits == Bits::FOUR;
     const size_t bytes = four ? row_groups * groups_ * SCREEN_GROUP_BYTES : vocab * hidden;
     codes_ = Pages(bytes, bytes >= 2 * HUGE_PAGE);
     norms_.resize(vocab);
     scales_.resize(four ? 0 : vocab);
+    // Taken here: an exception on a worker would end the process.
+    const size_t width = groups_ * SCREEN_GROUP;
+    std::vector<float> widened(static_cast<size_t>(pool.size()) * width);
     std::atomic<bool> finite = true;
     // The stored head stays in its file: what was read of it is dropped, strip by strip.
     constexpr size_t STRIP_BYTES = size_t{8} << 20;
@@ -146,10 +147,12 @@ RoundedHead::RoundedHead(const Kernels& kernels, Bits bits, DenseMatrix head, si
     const size_t strip = std::max<size_t>(1, STRIP_BYTES / (SCREEN_ROWS * row_bytes));
     pool.parallel([&](int worker, int workers) {
         const Range mine = split(row_groups, worker, workers);
+        float* const row = widened.data() + static_cast<size_t>(worker) * width;
         for (size_t begin = mine.begin; begin < mine.end && finite; begin += strip) {
             const size_t end = std::min(begin + strip, mine.end);
             const Range rows{begin * SCREEN_ROWS, std::min(end * SCREEN_ROWS, vocab)};
-            const bool fine = four ? round_four(head, {begin, end}) : round_eight(head, rows);
+            const bool fine =
+                four ? round_four(head, {begin, end}, row) : round_eight(head, rows, row);
             if (!fine) finite = false;
             forget_pages(head.data + rows.begin * row_bytes, (rows.end - rows.begin) * row_bytes);
         }
@@ -161,20 +164,18 @@ size_t RoundedHead::bytes() const {
     return codes_.bytes() + (scales_.size() + norms_.size()) * sizeof(float);
 }
 
-bool RoundedHead::round_four(DenseMatrix head, Range row_groups) {
+bool RoundedHead::round_four(DenseMatrix head, Range row_groups, float* row) {
     const size_t row_bytes = hidden_ * VALUE_BYTES[static_cast<size_t>(head.type)];
-    std::vector<float> row(groups_ * SCREEN_GROUP);
-    const std::vector<float> zeros(row.size());
     const size_t end = row_groups.end * SCREEN_ROWS;
     for (size_t index = row_groups.begin * SCREEN_ROWS; index < end; ++index) {
-        if (index >= vocab_) {
-            round_row_in_four(zeros.data(), index);
-            continue;
+        if (index < vocab_) {
+            kernels_.widen(head.data + index * row_bytes, head.type, hidden_, row);
+            norms_[index] = norm_bound(row, hidden_);
+            if (!(norms_[index] <= LARGEST_NORM)) return false;
+        } else {
+            std::fill_n(row, hidden_, 0.0f);
         }
-        kernels_.widen(head.data + index * row_bytes, head.type, hidden_, row.data());
-        norms_[index] = norm_bound(row.data(), hidden_);
-        if (!(norms_[index] <= LARGEST_NORM)) return false;
-        round_row_in_four(row.data(), index);
+        round_row_in_four(row, index);
     }
     return true;
 }
@@ -196,36 +197,35 @@ void RoundedHead::round_row_in_four(const float* row, size_t index) {
     }
 }
 
-bool RoundedHead::round_eight(DenseMatrix head, Range rows) {
+bool RoundedHead::round_eight(DenseMatrix head, Range rows, float* row) {
     constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
     const size_t row_bytes = hidden_ * VALUE_BYTES[static_cast<size_t>(head.type)];
-    std::vector<float> row(hidden_);
     for (size_t index = rows.begin; index < rows.end; ++index) {
-        kernels_.widen(head.data + index * row_bytes, head.type, hidden_, row.data());
-        norms_[index] = norm_bound(row.data(), hidden_);
+        kernels_.widen(head.data + index * row_bytes, head.type, hidden_, row);
+        norms_[index] = norm_bound(row, hidden_);
         if (!(norms_[index] <= LARGEST_NORM)) return false;
-        const float scale = std::max(largest_of(row.data(), hidden_) / 127.0f, SMALLEST_SCALE);
+        const float scale = std::max(largest_of(row, hidden_) / 127.0f, SMALLEST_SCALE);
         const float inverse = 1.0f / scale;
         scales_[index] = scale;
-        const float* weights = row.data();
         const size_t n = hidden_;
         auto* codes = reinterpret_cast<int8_t*>(codes_.data()) + index * n;
         for (size_t i = 0; i < n; ++i)
-            codes[i] = static_cast<int8_t>(std::bit_cast<int32_t>(weights[i] * inverse + MAGIC));
+            codes[i] = static_cast<int8_t>(std::bit_cast<int32_t>(row[i] * inverse + MAGIC));
     }
     return true;
 }
 
-size_t RoundedHead::take_query(Arena* arena, Query* query) const {
-    const size_t columns = bits_ == Bits::FOUR ? groups_ * SCREEN_GROUP : 0;
+void RoundedHead::take_query(Arena& arena, Query& query) const {
     const size_t groups = bits_ == Bits::FOUR ? groups_ : 0;
-    if (arena) {
-        query->high = arena->take<int8_t>(columns);
-        query->low = arena->take<int8_t>(columns);
-        query->offsets = arena->take<int32_t>(groups);
-        query->squares = arena->take<float>(groups);
-    }
-    return 2 * Arena::bytes_for<int8_t>(columns) + Arena::bytes_for<int32_t>(groups) +
+    query.high = arena.take<int8_t>(groups * SCREEN_GROUP);
+    query.low = arena.take<int8_t>(groups * SCREEN_GROUP);
+    query.offsets = arena.take<int32_t>(groups);
+    query.squares = arena.take<float>(groups);
+}
+
+size_t RoundedHead::query_bytes(Bits bits, size_t hidden) {
+    const size_t groups = bits == Bits::FOUR ? groups_of(hidden) : 0;
+    return 2 * Arena::bytes_for<int8_t>(groups * SCREEN_GROUP) + Arena::bytes_for<int32_t>(groups) +
            Arena::bytes_for<float>(groups);
 }
 

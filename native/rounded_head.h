@@ -43,7 +43,8 @@ class RoundedHead {
         float fixed = 0.0f;
     };
 
-    // Rounds a head of [vocab, hidden]. The copy is empty if a weight is NaN or beyond 2^40.
+    // Rounds a head of [vocab, hidden]. The copy is empty if a weight is NaN or beyond 2^40. Throws
+    // std::bad_alloc.
     RoundedHead(const Kernels& kernels, Bits bits, DenseMatrix head, size_t vocab, size_t hidden,
                 ThreadPool& pool);
 
@@ -51,8 +52,9 @@ class RoundedHead {
     size_t bytes() const;
     size_t hidden() const { return hidden_; }
 
-    // The arrays of a query, of an arena; or only what they take of one.
-    size_t take_query(Arena* arena, Query* query) const;
+    // The arrays of a query, of an arena; and what they take of one.
+    void take_query(Arena& arena, Query& query) const;
+    static size_t query_bytes(Bits bits, size_t hidden);
 
     // Makes a query of a hidden state, float [hidden], which has to stay; false where it is NaN,
     // zero or so large or small that the bounds do not hold.
@@ -67,8 +69,9 @@ class RoundedHead {
     void logits(const float* hidden, Range rows, float* out) const;
 
   private:
-    bool round_four(DenseMatrix head, Range row_groups);
-    bool round_eight(DenseMatrix head, Range rows);
+    // `row` has room for the floats of a padded row, zeros behind hidden_.
+    bool round_four(DenseMatrix head, Range row_groups, float* row);
+    bool round_eight(DenseMatrix head, Range rows, float* row);
     void round_row_in_four(const float* row, size_t index);
     void bound_four(Query& query) const;
     void bound_eight(Query& query) const;

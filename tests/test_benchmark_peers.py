@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from peer_repeat import Work, measure
 from bitllm.bench import random_model
 
 TINY = random_model.Shape(hidden=32, ffn=64, layers=2, heads=2, kv_heads=1, head_dim=16, vocab=640)
-WORK = Work(prefill=32, steps=4, depths=(0, 48), threads=1)
+WORK = Work(prefill=32, steps=4, depths=(0, 48), sequences=2, threads=1)
 
 FAKE_LLAMA_BENCH = """#!{python}
 import json, pathlib, sys
@@ -171,10 +171,17 @@ def test_a_repeat_warms_up_and_begins_each_run_at_its_depth() -> None:
         def decode(self, depth: int, steps: int) -> None:
             self.calls.append((depth, steps))
 
+        def decode_together(self, sequences: int, steps: int) -> None:
+            self.calls.append((-sequences, steps))
+
     engine = Recorder()
-    assert set(measure(engine, WORK)) == {"prefill 32", "decode at 0", "decode at 48"}
-    assert engine.calls == [(32,), (32, 2), (32,), (0,), (0, 4), (48,), (48, 4)]
-    assert WORK.context == 52
+    names = {"prefill 32", "decode at 0", "decode at 48", "decode of 2"}
+    assert set(measure(engine, WORK)) == names
+    assert engine.calls == [(32,), (32, 4), (32,), (0,), (0, 4), (48,), (48, 4), (-2, 2), (-2, 4)]
+    assert WORK.context == 2 * (4 + 32)
+    alone = Recorder()
+    assert set(measure(alone, replace(WORK, sequences=0))) == names - {"decode of 2"}
+    assert alone.calls == engine.calls[:-2]
 
 
 @dataclass
@@ -245,7 +252,7 @@ def test_json_alone(
     monkeypatch.setattr(sys, "argv", options(model, "--packages", "--repeats", "1", "--json"))
     assert peers.main() == 0
     result = json.loads(capsys.readouterr().out)
-    assert [row["engine"] for row in result["figures"]] == ["bitllm"] * 3
+    assert [row["engine"] for row in result["figures"]] == ["bitllm"] * 4
 
 
 def test_without_figures_of_bitllm_there_is_no_comparison(

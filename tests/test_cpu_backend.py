@@ -400,11 +400,14 @@ def test_no_output_array_is_converted():
     x, codes = np.ones((2, 8), np.float32), np.ones((2, 8), np.int8)
     packed = np.full((2, 2), 0x55, np.uint8)
     wrong = np.zeros((2, 8), np.int64)
+    matrix = _native.PreparedMatrix(packed, 8, "2bit", "scalar")
     for call in (
         lambda: _native.quantize_activations(x, wrong, np.zeros(2, np.float32), "scalar"),
         lambda: _native.quantize_activations(x, codes, np.zeros(2, np.float64), "scalar"),
         lambda: _native.quantize_activations(x.astype(np.float64), codes, x[:, 0].copy(), "scalar"),
-        lambda: _native.ternary_matmul(packed, codes, np.zeros((2, 2), np.int64), "scalar"),
+        lambda: _native.PreparedMatrix(packed.astype(np.int8), 8, "2bit", "scalar"),
+        lambda: matrix.multiply(codes, np.zeros((2, 2), np.int64)),
+        lambda: matrix.multiply(codes, np.zeros((2, 4), np.int32)[:, ::2]),
         lambda: _native.pack(codes, wrong),
         lambda: _native.unpack(packed, wrong),
         lambda: _native.unpack(packed, np.zeros((2, 16), np.int8)[:, ::2]),
@@ -420,13 +423,23 @@ def test_native_shapes_are_checked():
         _native.quantize_activations(
             np.ones((2, 8), np.float32), codes, np.zeros(3, np.float32), "scalar"
         )
-    with pytest.raises(ValueError, match="do not fit"):
-        _native.ternary_matmul(packed, codes, np.zeros((2, 3), np.int32), "scalar")
+    matrix = _native.PreparedMatrix(packed, 8, "2bit", "scalar")
+    for q, shape in [(codes, (2, 3)), (codes, (3, 2)), (codes[:, :7].copy(), (2, 2))]:
+        with pytest.raises(ValueError, match="do not fit"):
+            matrix.multiply(q, np.zeros(shape, np.int32))
+    with pytest.raises(ValueError, match="packed must be"):
+        _native.PreparedMatrix(packed, 9, "2bit", "scalar")
+    for columns in (0, (1 << 24) // 127 + 1):
+        wide = np.full((1, -(-columns // 4)), 0x55, np.uint8)
+        with pytest.raises(ValueError, match="no columns or too many"):
+            _native.PreparedMatrix(wide, columns, "2bit", "scalar")
     for call in (_native.pack, lambda a, b: _native.unpack(b, a)):
         with pytest.raises(ValueError, match="packed must be"):
             call(codes, np.zeros((2, 3), np.uint8))
     with pytest.raises(ValueError, match="kernel set"):
-        _native.ternary_matmul(packed, codes, np.zeros((2, 2), np.int32), "mmx")
+        _native.PreparedMatrix(packed, 8, "2bit", "mmx")
+    with pytest.raises(ValueError, match="packing"):
+        _native.PreparedMatrix(packed, 8, "4bit", "scalar")
 
 
 def test_kv_blocks_are_there_only_after_prepare():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,6 @@ from synthetic import SWITCHES, random_checkpoint, tiny_spec
 
 ISAS = _native.kernel_names()
 GOLDEN = Path(__file__).parent / "golden" / "logits.json"
-RUNS_ON_CPU = {name: v for name, v in SWITCHES.items() if v.get("activation_bits", 8) == 8}
 
 
 def load(device: str, checkpoint: Checkpoint, **options: object) -> Decoder:
@@ -38,7 +38,7 @@ def test_the_scalar_kernels_are_always_there():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("switch", RUNS_ON_CPU)
+@pytest.mark.parametrize("switch", SWITCHES)
 def test_every_switch(switch, isa):
     spec = tiny_spec(**SWITCHES[switch])
     checkpoint = random_checkpoint(spec, seed=5)
@@ -60,7 +60,7 @@ def test_every_dtype(dtype, kv_dtype, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("switch", ["sub_norms", "sliding_window"])
+@pytest.mark.parametrize("switch", ["sub_norms", "sliding_window", "float_activations_biased"])
 def test_threads_pieces_and_batches_change_no_bit(switch, isa):
     checkpoint = random_checkpoint(tiny_spec(**SWITCHES[switch]))
     first, second = prompt_ids(75, 101, seed=1), prompt_ids(33, 101, seed=2)
@@ -91,9 +91,11 @@ def test_contexts_of_several_chunks(window, kv_dtype, isa):
         assert_same_bits(native.forward(make_batch(last)).logits[:1], expected[-1:])
 
 
-def packed_checkpoint(granularity: str, group_size: int | None, zero_rows: float) -> Checkpoint:
+def packed_checkpoint(
+    granularity: str, group_size: int | None, zero_rows: float, activation_bits: int | None = 8
+) -> Checkpoint:
     """Rows of a block and a part of one, in both packings; groups that do not divide them."""
-    spec = tiny_spec(hidden_size=340, ffn_size=517, bias=True)
+    spec = tiny_spec(hidden_size=340, ffn_size=517, bias=True, activation_bits=activation_bits)
     return random_checkpoint(
         spec, granularity=granularity, group_size=group_size, zero_rows=zero_rows
     )
@@ -107,9 +109,14 @@ def zero_rows(request) -> float:
     return request.param
 
 
+@pytest.fixture(scope="module", params=[8, None], ids=lambda bits: f"bits={bits}")
+def activation_bits(request) -> int | None:
+    return request.param
+
+
 @pytest.fixture(scope="module", params=SCALES, ids=lambda pair: f"{pair[0]}-{pair[1]}")
-def packed_model(request, zero_rows) -> tuple[Checkpoint, np.ndarray]:
-    checkpoint = packed_checkpoint(*request.param, zero_rows)
+def packed_model(request, zero_rows, activation_bits) -> tuple[Checkpoint, np.ndarray]:
+    checkpoint = packed_checkpoint(*request.param, zero_rows, activation_bits)
     return checkpoint, logits_of(load("reference", checkpoint), prompt_ids(40, 101))
 
 
@@ -124,8 +131,25 @@ def test_packings_scales_and_rows_of_zeros(packed_model, isa, packing, threads):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_matrices_of_nothing_but_zeros(isa):
-    checkpoint = packed_checkpoint("row", None, zero_rows=1.0)
+@pytest.mark.parametrize("own_norms", [None, 1e-6])
+@pytest.mark.parametrize("floats", [("q",), ("k", "up"), ("v", "gate", "o"), ("down",)])
+def test_linears_of_one_layer_may_differ_in_their_activations(floats, own_norms, isa):
+    spec = tiny_spec(linear_norm_eps=own_norms)
+    layer = replace(
+        spec.layers[0],
+        **{name: replace(spec.layers[0].linear(name), activation_bits=None) for name in floats},
+    )
+    checkpoint = random_checkpoint(replace(spec, layers=(layer, spec.layers[1])))
+    ids = prompt_ids(40, spec.vocab_size)
+    expected = logits_of(load("reference", checkpoint), ids)
+    native = load("cpu", checkpoint, isa=isa, threads=2)
+    assert_same_bits(logits_of(native, ids, [38, 39]), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [8, None])
+def test_matrices_of_nothing_but_zeros(bits, isa):
+    checkpoint = packed_checkpoint("row", None, zero_rows=1.0, activation_bits=bits)
     ids = prompt_ids(9, 101)
     expected = logits_of(load("reference", checkpoint), ids)
     assert_same_bits(logits_of(load("cpu", checkpoint, isa=isa), ids, [8]), expected)
@@ -171,6 +195,7 @@ COMBINATIONS = st.fixed_dictionaries(
         "head_dim": st.sampled_from([2, 6, 16, 18]),
         "num_kv_heads": st.sampled_from([1, 2, 4]),
         "activation": st.sampled_from(["relu2", "silu", "gelu_tanh"]),
+        "activation_bits": st.sampled_from([8, None]),
         "linear_norm_eps": st.sampled_from([None, 1e-6]),
         "sliding_window": st.sampled_from([None, 1, 31, 32, 33]),
         "embedding_scale": st.sampled_from([1.0, 0.3]),
@@ -226,13 +251,6 @@ def test_denormal_numbers_are_computed_whatever_the_caller_has_set():
         finally:
             torch.set_flush_denormal(False)
         assert_same_bits(flushed, expected)
-
-
-@pytest.mark.parametrize("switch", sorted(SWITCHES.keys() - RUNS_ON_CPU.keys()))
-def test_models_of_float_activations_are_refused(switch):
-    checkpoint = random_checkpoint(tiny_spec(**SWITCHES[switch]))
-    with pytest.raises(UnsupportedModelError, match="activation"):
-        load("cpu", checkpoint)
 
 
 def test_groups_that_kernels_cannot_cut_are_refused():

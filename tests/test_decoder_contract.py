@@ -264,6 +264,8 @@ SPOILT = {
         {"layers.1.q_norm": 3e38, "layers.1.k_norm": 3e38},
     ),
     "relu2": ({"ffn_sub_norm": True}, {"layers.1.ffn_norm": 3e38}),
+    "embedding NaN, floats": ({"activation_bits": None}, {"embed": np.nan}),
+    "relu2, floats": ({"ffn_sub_norm": True, "activation_bits": None}, {"layers.1.ffn_norm": 3e38}),
 }
 
 

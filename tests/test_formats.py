@@ -6,7 +6,6 @@ import json
 import math
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from bitllm.checkpoint import Checkpoint, DenseTensor, RopeSpec
+from bitllm.checkpoint import DenseTensor, RopeSpec
 from bitllm.errors import (
     CheckpointError,
     FormatError,
@@ -32,99 +31,22 @@ from bitllm.formats.quantization import read_quantization
 from bitllm.formats.repack import quantize_masters, repack_row_strided
 from bitllm.formats.ternary_values import read_one_size, read_ternary_values
 from bitllm.ternary import dequantize, pack, quantize_weights
-
-HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 16, 22, 17, 4, 2, 4
-SHAPES = {
-    "self_attn.q_proj": (16, 16),
-    "self_attn.k_proj": (8, 16),
-    "self_attn.v_proj": (8, 16),
-    "self_attn.o_proj": (16, 16),
-    "mlp.gate_proj": (22, 16),
-    "mlp.up_proj": (22, 16),
-    "mlp.down_proj": (16, 22),
-}
-NAMES = dict(zip(("q", "k", "v", "o", "gate", "up", "down"), SHAPES, strict=True))
-GATE = "model.layers.0.mlp.gate_proj.weight"
-BITNET = {"quant_method": "bitnet"}
-MULTIPLY = {**BITNET, "linear_class": "autobitlinear", "quantization_mode": "offline"}
-ONLINE = {**BITNET, "linear_class": "autobitlinear", "quantization_mode": "online"}
-
-
-def row_strided(codes: np.ndarray) -> np.ndarray:
-    """The packing of transformers, written out: row r + i * R is at bits 2i of packed row r."""
-    rows = -(-len(codes) // 4)
-    packed = np.zeros((rows, codes.shape[1]), np.uint8)
-    for row, values in enumerate(codes):
-        packed[row % rows] |= ((values + 1) << (2 * (row // rows))).astype(np.uint8)
-    return packed
-
-
-@dataclass
-class Model:
-    """A model directory to be written, with everything open to change."""
-
-    config: dict[str, Any]
-    tensors: dict[str, np.ndarray] = field(default_factory=dict)
-    codes: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def write(self, directory: Path) -> Path:
-        (directory / "config.json").write_text(json.dumps(self.config))
-        save_file(self.tensors, directory / "model.safetensors")
-        return directory
-
-    def open(self, directory: Path) -> Checkpoint:
-        return open_checkpoint(self.write(directory))
-
-
-def make_model(
-    architecture: str = "BitNetForCausalLM",
-    *,
-    quantization: dict[str, Any] | None = None,
-    masters: bool = False,
-    dtype: type = np.float32,
-    **config: Any,
-) -> Model:
-    """A small model with one layer; sub-norms for BitNet, a head unless it is tied."""
-    rng = np.random.default_rng(7)
-    model = Model(
-        {
-            "architectures": [architecture],
-            "hidden_size": HIDDEN,
-            "intermediate_size": FFN,
-            "num_hidden_layers": 1,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 64,
-            "a key nobody knows": {"x": [1]},
-            "quantization_config": MULTIPLY if quantization is None else quantization,
-            **config,
-        }
-    )
-
-    def dense(name: str, *shape: int) -> None:
-        model.tensors[name] = rng.standard_normal(shape).astype(dtype)
-
-    dense("model.embed_tokens.weight", VOCAB, HIDDEN)
-    dense("model.norm.weight", HIDDEN)
-    if not config.get("tie_word_embeddings"):
-        dense("lm_head.weight", VOCAB, HIDDEN)
-    prefix = "model.layers.0."
-    dense(prefix + "input_layernorm.weight", HIDDEN)
-    dense(prefix + "post_attention_layernorm.weight", HIDDEN)
-    if architecture == "BitNetForCausalLM":
-        dense(prefix + "self_attn.attn_sub_norm.weight", HIDDEN)
-        dense(prefix + "mlp.ffn_sub_norm.weight", FFN)
-    for index, (name, module) in enumerate(NAMES.items()):
-        if masters:
-            dense(f"{prefix}{module}.weight", *SHAPES[module])
-            continue
-        codes = rng.integers(-1, 2, SHAPES[module]).astype(np.int8)
-        model.codes[name] = codes
-        model.tensors[f"{prefix}{module}.weight"] = row_strided(codes)
-        scale = np.array([0.5 + index / 8], dtype)
-        model.tensors[f"{prefix}{module}.weight_scale"] = scale
-    return model
+from huggingface_model import (
+    BITNET,
+    FFN,
+    GATE,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    MULTIPLY,
+    NAMES,
+    ONLINE,
+    SHAPES,
+    VOCAB,
+    Model,
+    make_model,
+    row_strided,
+)
 
 
 class TestRepacking:
@@ -570,7 +492,7 @@ class TestConfig:
             ({"architectures": ["MambaForCausalLM"]}, UnsupportedModelError, "recurrent"),
             ({"architectures": None, "model_type": "t5"}, UnsupportedModelError, "'t5'"),
             ({"hidden_act": "gelu"}, UnsupportedModelError, "'gelu'"),
-            ({"rope_scaling": {"type": "yarn"}}, UnsupportedModelError, "'yarn'"),
+            ({"rope_scaling": {"type": "longrope"}}, UnsupportedModelError, "'longrope'"),
             ({"hidden_size": None}, FormatError, "hidden_size is missing"),
             ({"hidden_size": "12"}, FormatError, "hidden_size"),
             ({"hidden_size": 0}, FormatError, "hidden_size"),

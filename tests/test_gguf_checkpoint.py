@@ -384,3 +384,77 @@ def test_a_model_in_two_files(tmp_path: Path) -> None:
     second.unlink()
     with pytest.raises(CheckpointError, match=r"1 of the model's 2 files are missing.*00002-of"):
         open_checkpoint(first)
+
+
+def test_partial_rope_is_refused_where_rows_are_reordered(tmp_path: Path) -> None:
+    for architecture in ("llama", "qwen3"):
+        partial = {f"{architecture}.rope.dimension_count": ("u32", HEAD_DIM // 2)}
+        _, path = write_twins(tmp_path, "TQ2_0", architecture, metadata=partial)
+        if architecture == "llama":
+            with pytest.raises(UnsupportedModelError, match="RoPE over 32 of 64"):
+                open_checkpoint(path)
+        else:
+            assert open_checkpoint(path).spec.layers[0].rope.dim == HEAD_DIM // 2
+
+
+def test_norms_before_projections_and_pooling(tmp_path: Path) -> None:
+    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
+    names |= {name: f"ffn_{name}" for name in ("gate", "up", "down")}
+    gains = {
+        f"blk.{layer}.{stored}_norm_in.weight": (
+            "F16",
+            (SHAPES[name][1],),
+            np.full(SHAPES[name][1], 1.5, np.float16).tobytes(),
+        )
+        for layer in range(LAYERS)
+        for name, stored in names.items()
+    }
+    mean = {"qwen3.pooling_type": ("u32", 1)}
+    _, path = write_twins(tmp_path, "I2_S", "qwen3", tensors=gains, metadata=mean)
+    found = open_checkpoint(path)
+    assert found.spec.layers[1].down.norm_eps == 1e-5
+    assert (found.dense("layers.1.down.norm").to_float32() == 1.5).all()
+    assert found.spec.pooling == "last"
+    _, path = write_twins(tmp_path, "I2_S", "qwen3", metadata=mean)
+    with pytest.raises(UnsupportedModelError, match="pooling of type 1"):
+        open_checkpoint(path)
+    last = {"qwen3.pooling_type": ("u32", 3)}
+    _, path = write_twins(tmp_path, "I2_S", "qwen3", metadata=last)
+    assert open_checkpoint(path).spec.pooling == "last"
+
+
+def test_biases_of_reordered_rows_go_with_them(tmp_path: Path) -> None:
+    bias = np.arange(SHAPES["q"][0], dtype=np.float32)
+    stored = bias.reshape(-1, 2, HEAD_DIM // 2).swapaxes(1, 2).ravel()
+    tensors = {"blk.0.attn_q.bias": ("F32", bias.shape, stored.tobytes())}
+    _, path = write_twins(tmp_path, "I2_S", "llama", tensors=tensors)
+    found = open_checkpoint(path)
+    assert (found.dense("layers.0.q.bias").to_float32() == bias).all()
+    assert [layer.q.bias for layer in found.spec.layers] == [True, False]
+
+
+def test_inverted_scales_of_the_published_size_are_warned_of(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from bitllm.formats.gguf.plausibility import warn_of_scales
+
+    hf, path = write_twins(tmp_path)
+    del hf
+    from bitllm.formats.gguf import GgufModel
+
+    model = GgufModel(path)
+    layers = open_checkpoint(path).spec.layers
+    spec = SimpleNamespace(architecture="bitnet-b1.58", hidden_size=2560, layers=layers)
+    data = {name: model.bytes(name).copy() for name in model.tensors if "attn_q." in name}
+    for scale, warned in ((0.64, True), (1.56, False)):
+        for content in data.values():
+            size = SHAPES["q"][0] * SHAPES["q"][1] // 4
+            content[size : size + 4] = np.frombuffer(struct.pack("<f", scale), np.uint8)
+        fake = SimpleNamespace(path=path, tensors=model.tensors, bytes=data.__getitem__)
+        if warned:
+            with pytest.warns(UserWarning, match="about 0.64"):
+                warn_of_scales(fake, spec)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                warn_of_scales(fake, spec)

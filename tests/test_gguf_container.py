@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import time
 import tracemalloc
@@ -269,5 +270,57 @@ def test_damaged_files_are_read_or_refused(
     except BitllmError as error:
         refusal = error.message
     else:
+        return
+    assert "x.gguf" in refusal
+
+
+SCALAR_VALUES = st.one_of(
+    st.tuples(st.just("u32"), st.integers(0, 2**32 - 1)),
+    st.tuples(st.just("u64"), st.integers(0, 2**64 - 1)),
+    st.tuples(st.just("i8"), st.integers(-128, 127)),
+    st.tuples(st.just("bool"), st.booleans()),
+    st.tuples(st.just("f32"), st.floats(width=32)),
+    st.tuples(st.just("str"), st.text(max_size=8)),
+    st.tuples(st.just("[str]"), st.lists(st.text(max_size=4), max_size=4)),
+    st.tuples(st.just("[i32]"), st.lists(st.integers(-5, 5), max_size=4)),
+)
+SIZES = st.one_of(st.integers(0, 300), st.sampled_from([256, 2**31, 2**32, 2**62, 2**64 - 1]))
+INFOS = st.lists(
+    st.tuples(
+        st.text(max_size=3),
+        st.lists(SIZES, max_size=5),
+        st.one_of(st.sampled_from([0, 1, 8, 34, 35, 36, 38, 39, 42, 134, 335]), SIZES),
+        SIZES.map(lambda size: size // 32 * 32),
+    ),
+    max_size=5,
+)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    pairs=st.dictionaries(st.text(max_size=4), SCALAR_VALUES, max_size=4),
+    infos=INFOS,
+    extra=st.sampled_from([0, 0, 0, 1, 2**32, 2**63]),
+    data=st.integers(0, 4096),
+)
+def test_any_structure_is_read_or_refused(
+    tmp_path: Path, pairs: dict[str, Any], infos: list[Any], extra: int, data: int
+) -> None:
+    body = b"".join(string(key) + value(*entry) for key, entry in pairs.items())
+    for name, dims, kind, offset in infos:
+        shape = struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        body += string(name) + shape + struct.pack("<IQ", kind & 0xFFFFFFFF, offset)
+    head = header((len(infos) + extra, len(pairs)), body)
+    try:
+        file = opened(tmp_path, head + bytes(-len(head) % 32) + bytes(data))
+    except BitllmError as error:
+        refusal = error.message
+    else:
+        assert len(file.tensors) == len(infos) + extra  # zeros are an info too
+        ends = sorted((tensor.start, tensor.stop) for tensor in file.tensors.values())
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
+        assert all(len(file.bytes(name)) == t.stop - t.start for name, t in file.tensors.items())
         return
     assert "x.gguf" in refusal

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import bitllm
 from bitllm.cli.app import app
 from bitllm.config import EngineOptions
+from bitllm.engine.loading import open_tokenizer
 from bitllm.engine.memory_plan import plan_memory
 from bitllm.errors import ConfigError
 from bitllm.formats import open_checkpoint, resolve_model
@@ -89,3 +94,31 @@ def test_a_large_vocabulary_opens_quickly_and_undecoded(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path)
     assert time.process_time() - start < 2
     assert np.isfinite(checkpoint.dense("final_norm").to_float32()).all()
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, 4095), st.sampled_from([0, 1, 2, 36, 64, 127, 255])),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_damaged_headers_end_in_a_model_or_an_error(
+    model: Path, tmp_path: Path, changes: list[tuple[int, int]]
+) -> None:
+    data = bytearray(model.read_bytes())
+    for place, byte in changes:
+        data[place] = byte
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data)
+    with warnings.catch_warnings(), contextlib.suppress(bitllm.BitllmError):
+        warnings.simplefilter("ignore")
+        open_tokenizer(path)
+        checkpoint = open_checkpoint(path)
+        for name in checkpoint.spec.dense_shapes():
+            checkpoint.dense(name)
+        for name, _ in checkpoint.spec.linear_names():
+            checkpoint.ternary(name)

@@ -138,6 +138,16 @@ def test_the_rules_around_the_text() -> None:
     assert gguf_tokenizer(metadata_of(trained("qwen2"), "qwen2"), "x").encode("a")[0] != bos
 
 
+def test_whole_pieces_need_no_merges() -> None:
+    fields = metadata_of(trained("llama-bpe"), "llama-bpe")
+    fields["tokenizer.ggml.tokens"].append("Ġwonderful")
+    fields["tokenizer.ggml.token_type"].append(1)
+    whole = len(fields["tokenizer.ggml.tokens"]) - 1
+    assert gguf_tokenizer(fields, "x.gguf").encode(" wonderful", add_bos=False) == [whole]
+    cut = gguf_tokenizer({**fields, "tokenizer.ggml.pre": "qwen2"}, "x.gguf")
+    assert whole not in cut.encode(" wonderful", add_bos=False)
+
+
 def sentencepiece() -> tuple[dict[str, Any], Tokenizer]:
     """A vocabulary with scores and byte tokens, and the tokenizer that transformers makes of it."""
     words = ["▁the", "▁of", "▁list", "ing", "▁th", "he", "th", "▁t", "▁l", "is", "st", "ist"]

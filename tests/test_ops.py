@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from bitllm import ops, ternary
+from bitllm import _native, ops, ternary
 from bitllm.errors import ConfigError, QuantizationError
 
 ISAS = ops.kernel_names()
@@ -59,6 +63,98 @@ def test_activations_are_rounded_as_the_reference_rounds(isa):
         expected_q, expected_a = ternary.quantize_activations(x)
         np.testing.assert_array_equal(q, expected_q)
         np.testing.assert_array_equal(a.view(np.uint32), expected_a.view(np.uint32))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("packing", ["2bit", "base3"])
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_prepared_products_are_exact(columns, packing, isa):
+    for rows in (1, 17, 33, 300):
+        codes, q = codes_and_activations(rows, 20, columns)
+        packed = ops.pack(codes)
+        matrix = ops.prepare(packed, columns, packing=packing, isa=isa)
+        packed[:] = 0xFF  # it was copied
+        assert matrix.shape == (rows, columns)
+        expected = ternary.matmul_int32(codes, q)
+        for tokens in (0, 1, 2, 5, 16, 17, 20):
+            product = matrix.matmul(q[:tokens])
+            assert product.dtype == np.int32
+            np.testing.assert_array_equal(product, expected[:tokens])
+
+
+def test_a_prepared_matrix_takes_any_leading_axes_and_order():
+    codes, q = codes_and_activations(6, 12, 20)
+    matrix = ops.prepare(np.asfortranarray(ops.pack(codes)))
+    expected = ternary.matmul_int32(codes, q)
+    np.testing.assert_array_equal(matrix.matmul(q[3]), expected[3])
+    np.testing.assert_array_equal(
+        matrix.matmul(q.reshape(3, 4, 20)[::-1]), expected.reshape(3, 4, 6)[::-1]
+    )
+    np.testing.assert_array_equal(
+        matrix.matmul(q[:, ::-1]), ternary.matmul_int32(codes[:, ::-1].copy(), q)
+    )
+    assert matrix.matmul(q[:0]).shape == (0, 6)
+    assert ops.prepare(ops.pack(codes)[:0]).matmul(q).shape == (12, 0)
+
+
+def test_base3_takes_less_room():
+    packed = ops.pack(np.zeros((100, 1280), np.int8))
+    assert ops.prepare(packed).nbytes == 100 * 5 * 64
+    assert ops.prepare(packed, packing="base3").nbytes == 100 * 4 * 64
+
+
+def test_threads_may_share_a_prepared_matrix():
+    codes, q = codes_and_activations(700, 24, 640)
+    matrix = ops.prepare(ops.pack(codes))
+    expected = ternary.matmul_int32(codes, q)
+    with ThreadPoolExecutor(4) as pool:
+        for token, product in enumerate(pool.map(matrix.matmul, list(q) * 8)):
+            np.testing.assert_array_equal(product, expected[token % len(q)])
+
+
+def test_the_memory_of_a_prepared_matrix_is_given_back():
+    packed = np.full((4096, 1024), 0x55, np.uint8)  # 4 MiB
+    ops.prepare(packed)
+    before = _native.resident_bytes()
+    for _ in range(20):
+        ops.prepare(packed)
+    assert _native.resident_bytes() - before < 20e6
+    kept = [ops.prepare(packed) for _ in range(20)]
+    assert _native.resident_bytes() - before > 60e6
+    del kept
+    assert _native.resident_bytes() - before < 20e6
+
+
+def test_a_prepared_matrix_is_not_pickled_or_copied():
+    matrix = ops.prepare(ops.pack(np.ones((2, 8), np.int8)))
+    for act in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="pickle the packed array"):
+            act(matrix)
+
+
+def test_a_matrix_that_cannot_be_prepared_is_refused():
+    packed = np.full((2, 3), 0x55, np.uint8)
+    for bad, columns in [
+        (packed[0], None),
+        (packed.astype(np.int8), None),
+        (packed, 8),
+        (packed, 13),
+        (packed[:, :0], None),
+        (packed, -3),
+        (np.full((1, 33027), 0x55, np.uint8), None),
+        (np.full((1, 3), 0xFF, np.uint8), None),
+    ]:
+        with pytest.raises(QuantizationError):
+            ops.prepare(bad, columns)
+    ops.prepare(packed, 9)
+    with pytest.raises(ConfigError, match="'3bit'"):
+        ops.prepare(packed, packing="3bit")
+    with pytest.raises(ConfigError, match="mmx"):
+        ops.prepare(packed, isa="mmx")
+    matrix = ops.prepare(packed)
+    for q in (np.zeros(11, np.int8), np.zeros(12, np.int16), np.zeros((), np.int8)):
+        with pytest.raises(QuantizationError, match="do not fit"):
+            matrix.matmul(q)
 
 
 def test_leading_axes_are_kept():

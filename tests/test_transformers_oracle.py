@@ -13,6 +13,7 @@ had in transformers, is held to 1e-6 at a quarter of its tokens at least.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import BitNetQuantConfig
@@ -58,7 +60,10 @@ SIZES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture of transformers, its quantisation, and how its weights are written."""
+    """An architecture of transformers, its quantisation, and how its weights are written.
+
+    `published` names a family whose files say the same by other names and keys.
+    """
 
     architecture: str
     linear_class: str
@@ -67,6 +72,7 @@ class Case:
     use_rms_norm: bool = False
     dtype: torch.dtype = torch.float32
     stored: str = "as transformers holds them"
+    published: str = "by transformers"
 
 
 LLAMA3_ROPE = {
@@ -79,6 +85,13 @@ LLAMA3_ROPE = {
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 TIED = {"tie_word_embeddings": True}
+GEMMA = {
+    **TIED,
+    "head_dim": 24,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 9,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 CASES = {
     "bitnet online": Case("BitNet", "autobitlinear", "online", TIED),
@@ -107,6 +120,25 @@ CASES = {
     "qwen3": Case("Qwen3", "bitlinear", "offline", {**TIED, "head_dim": 20}, use_rms_norm=True),
     "qwen2": Case("Qwen2", "autobitlinear", "online"),
     "mistral": Case("Mistral", "bitlinear", "offline", {"sliding_window": 9, "head_dim": 16}),
+    "gemma3": Case("Gemma3", "bitlinear", "offline", GEMMA),
+    "gemma3 embedding": Case(
+        "Gemma3", "autobitlinear", "online", GEMMA, use_rms_norm=True, published="embedding"
+    ),
+    "qwen3 embedding": Case(
+        "Qwen3",
+        "autobitlinear",
+        "online",
+        {**TIED, "head_dim": 20, "rms_norm_eps": 1e-5},
+        use_rms_norm=True,
+        published="embedding",
+    ),
+    "1bitllm": Case(
+        "BitNet",
+        "autobitlinear",
+        "online",
+        {**TIED, "hidden_act": "silu", "rope_parameters": {"rope_theta": 1e4}},
+        published="1bitLLM",
+    ),
 }
 
 
@@ -135,6 +167,8 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     state = {name: stored_tensor(case, name, t) for name, t in model.state_dict().items()}
     model.save_pretrained(directory, state_dict=state)
     assert (directory / "model.safetensors").is_file()
+    if case.published != "by transformers":
+        publish(directory, case.published)
     model = model.float()
     for module in model.modules():
         if isinstance(module, hf.BitLinear):
@@ -145,17 +179,20 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def make_model(case: Case) -> Any:
     """A model with random weights whose seven projections are transformers' bitnet modules."""
     torch.manual_seed(len(str(case)))
-    config_class = getattr(transformers, f"{case.architecture}Config")
+    text = "Text" if case.architecture == "Gemma3" else ""
+    config_class = getattr(transformers, f"{case.architecture}{text}Config")
     model_class = getattr(transformers, f"{case.architecture}ForCausalLM")
     quantization = BitNetQuantConfig(
         linear_class=case.linear_class,
         quantization_mode=case.mode,
         use_rms_norm=case.use_rms_norm,
+        rms_norm_eps=case.config.get("rms_norm_eps", 1e-6),
     )
     model = model_class(config_class(**{**SIZES, **case.config}))
-    frequencies = model.model.rotary_emb.inv_freq
+    tables = dict(model.model.rotary_emb.named_buffers())
     model = model.to(case.dtype)
-    model.model.rotary_emb.inv_freq = frequencies  # float32 also in models of less precision
+    for name, frequencies in tables.items():  # float32 also in models of less precision
+        setattr(model.model.rotary_emb, name, frequencies)
     model = hf.replace_with_bitnet_linear(model, ["lm_head"], quantization)
     model.config.quantization_config = quantization
     with torch.no_grad():
@@ -195,6 +232,26 @@ def stored_tensor(case: Case, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if not packed or (case.stored == "packed but one" and "layers.1.mlp.up" in name):
         return tensor
     return hf.pack_weights(tensor.clone())
+
+
+def publish(directory: Path, family: str) -> None:
+    """Rewrite the files as the authors of a family of models write theirs."""
+    tensors = load_file(directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]
+    if family == "1bitLLM":
+        config |= {"architectures": ["BitnetForCausalLM"], "model_type": "llama"}
+        config |= {"weight_bits": 1, "input_bits": 8}
+        renamed = {"attn_sub_norm": "inner_attn_ln", "ffn_sub_norm": "ffn_layernorm"}
+    else:
+        config["architectures"] = [
+            {"qwen3": "Qwen3Model", "gemma3_text": "Gemma3TextModel"}[config["model_type"]]
+        ]
+        renamed = {"rms_norm.weight": "norm.weight", "model.": ""}
+    for old, new in renamed.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def linears(written: Written) -> list[tuple[str, Any]]:
@@ -289,7 +346,10 @@ class TestArchitecture:
     def test_rope_frequencies(self, written: Written) -> None:
         for layer in written.checkpoint.spec.layers:
             ours = layer.rope.inverse_frequencies()
-            theirs = written.model.model.rotary_emb.inv_freq.numpy()
+            kind = "sliding" if layer.sliding_window else "full"
+            tables = dict(written.model.model.rotary_emb.named_buffers())
+            by_kind = tables.get(f"{kind}_attention_inv_freq")
+            theirs = (tables["inv_freq"] if by_kind is None else by_kind).numpy()
             # Powers of theta are rounded differently: float32 there, float64 here.
             assert np.allclose(ours, theirs, rtol=5e-7, atol=0)
 

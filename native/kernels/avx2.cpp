@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../prefetch.h"
+
 // Only what follows is compiled for AVX2: code of the headers stays at the baseline, because the
 // linker may keep this file's copy of an inline function for the whole program.
 #if defined(__clang__)
@@ -245,13 +247,15 @@ void dense_matvec(const void* w, ValueType type, size_t rows, size_t n, const fl
 // and REGISTERS * 8 columns of b, or the first `count` < 8 of one register.
 template <class Stored, size_t QUERIES, size_t REGISTERS, bool PART = false>
 inline void product_tile(const float* a, size_t a_stride, size_t begin, size_t end, const char* b,
-                         size_t b_stride, __m256 (&sums)[QUERIES][REGISTERS], size_t count = 0) {
+                         size_t b_stride, uintptr_t ahead, __m256 (&sums)[QUERIES][REGISTERS],
+                         size_t count = 0) {
     for (size_t q = 0; q < QUERIES; ++q)
         for (size_t c = 0; c < REGISTERS; ++c) sums[q][c] = _mm256_setzero_ps();
     for (size_t t = begin; t < end; ++t) {
         __m256 b_f32x8[REGISTERS];
         for (size_t c = 0; c < REGISTERS; ++c) {
             const char* at = b + t * b_stride + c * WIDTH * Stored::BYTES;
+            if (ahead) prefetch<Cache::SECOND>(at, ahead);
             b_f32x8[c] = PART ? Stored::load_part(at, count) : Stored::load(at);
         }
         for (size_t q = 0; q < QUERIES; ++q) {
@@ -271,7 +275,7 @@ inline void in_tiles(size_t queries, Tile tile) {
 }
 
 void attention_scores(const float* q, size_t queries, const void* keys, ValueType type, size_t n,
-                      float scale, float* out) {
+                      float scale, uintptr_t ahead, float* out) {
     const __m256 scale_f32x8 = _mm256_set1_ps(scale);
     with_stored(type, [&]<class Stored>() {
         in_tiles(queries, [&]<size_t QUERIES>(size_t first) {
@@ -279,7 +283,7 @@ void attention_scores(const float* q, size_t queries, const void* keys, ValueTyp
                 const char* at = static_cast<const char*>(keys) + place * Stored::BYTES;
                 __m256 sums[QUERIES][2];
                 product_tile<Stored>(q + first * n, n, 0, n, at, KV_BLOCK_SIZE * Stored::BYTES,
-                                     sums);
+                                     first ? 0 : ahead, sums);
                 for (size_t i = 0; i < QUERIES; ++i)
                     for (size_t c = 0; c < 2; ++c)
                         _mm256_storeu_ps(out + (first + i) * KV_BLOCK_SIZE + place + c * WIDTH,
@@ -297,7 +301,7 @@ inline __m256 merge(__m256 old, float keep, __m256 sum, float join) {
 
 void weighted_values(const float* w, size_t queries, const void* values, ValueType type,
                      size_t begin, size_t end, size_t n, const float* keep, const float* join,
-                     float* out) {
+                     uintptr_t ahead, float* out) {
     with_stored(type, [&]<class Stored>() {
         in_tiles(queries, [&]<size_t QUERIES>(size_t first) {
             const float* weights = w + first * KV_BLOCK_SIZE;
@@ -305,7 +309,7 @@ void weighted_values(const float* w, size_t queries, const void* values, ValueTy
             const auto columns = [&]<size_t REGISTERS>(size_t d) {
                 __m256 sums[QUERIES][REGISTERS];
                 product_tile<Stored>(weights, KV_BLOCK_SIZE, begin, end, rows + d * Stored::BYTES,
-                                     n * Stored::BYTES, sums);
+                                     n * Stored::BYTES, first ? 0 : ahead, sums);
                 for (size_t i = 0; i < QUERIES; ++i) {
                     for (size_t c = 0; c < REGISTERS; ++c) {
                         float* at = out + (first + i) * n + d + c * WIDTH;
@@ -321,7 +325,7 @@ void weighted_values(const float* w, size_t queries, const void* values, ValueTy
             __m256 sums[QUERIES][1];
             product_tile<Stored, QUERIES, 1, true>(weights, KV_BLOCK_SIZE, begin, end,
                                                    rows + d * Stored::BYTES, n * Stored::BYTES,
-                                                   sums, n - d);
+                                                   first ? 0 : ahead, sums, n - d);
             for (size_t i = 0; i < QUERIES; ++i) {
                 float* at = out + (first + i) * n + d;
                 store_part(

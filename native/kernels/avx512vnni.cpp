@@ -18,6 +18,8 @@
 #include <cstring>
 #include <limits>
 
+#include "../prefetch.h"
+
 // Only what follows is compiled for AVX-512; see avx2.cpp.
 #if !defined(BITLLM_EMULATE_AVX512)
 #if defined(__clang__)
@@ -47,8 +49,20 @@ inline void store_part(float* at, size_t count, __m512 values) {
     _mm512_mask_storeu_ps(at, first_lanes(count), values);
 }
 
-// How stored values become 16 floats: `load` 16 of them, `load_part` the first `count` <= 16.
+// 32 values as two registers of consecutive ones.
+template <class Stored>
+struct InOrder {
+    static void load(const char* at, __m512& first, __m512& second) {
+        first = Stored::load(at);
+        second = Stored::load(at + 16 * Stored::BYTES);
+    }
+    static void put_in_order(__m512&, __m512&) {}
+};
+
+// How stored values become 16 floats: `load` 16 of them, `load_part` the first `count` <= 16; and
+// how `Pair` loads 32, in an order of its own that sums of them are freed from at the end.
 struct StoredF32 {
+    using Pair = InOrder<StoredF32>;
     static constexpr size_t BYTES = 4;
     static __m512 load(const char* at) { return _mm512_loadu_ps(at); }
     static __m512 load_part(const char* at, size_t count) {
@@ -64,6 +78,23 @@ inline __m256i load_part_u16x16(const char* at, size_t count) {
 }
 
 struct StoredBF16 {
+    // Those with even and those with odd numbers: a shift and a mask, instead of two shuffles.
+    struct Pair {
+        static void load(const char* at, __m512& even, __m512& odd) {
+            const __m512i bits = _mm512_loadu_si512(at);
+            even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+            odd = _mm512_castsi512_ps(
+                _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+        }
+        static void put_in_order(__m512& even, __m512& odd) {
+            const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19,  //
+                                                    4, 20, 5, 21, 6, 22, 7, 23);
+            const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+            const __m512 first = _mm512_permutex2var_ps(even, lower, odd);
+            odd = _mm512_permutex2var_ps(even, upper, odd);
+            even = first;
+        }
+    };
     static constexpr size_t BYTES = 2;
     static __m512 widen(__m256i bits_u16x16) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits_u16x16), 16));
@@ -75,6 +106,7 @@ struct StoredBF16 {
 };
 
 struct StoredF16 {
+    using Pair = InOrder<StoredF16>;
     static constexpr size_t BYTES = 2;
     static __m512 load(const char* at) { return _mm512_cvtph_ps(load_u16x16(at)); }
     static __m512 load_part(const char* at, size_t count) {
@@ -83,6 +115,7 @@ struct StoredF16 {
 };
 
 struct StoredI8 {
+    using Pair = InOrder<StoredI8>;
     static constexpr size_t BYTES = 1;
     static __m512 widen(__m128i codes_i8x16) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes_i8x16));
@@ -242,14 +275,20 @@ void dense_matvec(const void* w, ValueType type, size_t rows, size_t n, const fl
 // and REGISTERS * 16 columns of b, or the first `count` < 16 of one register.
 template <class Stored, size_t QUERIES, size_t REGISTERS, bool PART = false>
 inline void product_tile(const float* a, size_t a_stride, size_t begin, size_t end, const char* b,
-                         size_t b_stride, __m512 (&sums)[QUERIES][REGISTERS], size_t count = 0) {
+                         size_t b_stride, uintptr_t ahead, __m512 (&sums)[QUERIES][REGISTERS],
+                         size_t count = 0) {
     for (size_t q = 0; q < QUERIES; ++q)
         for (size_t c = 0; c < REGISTERS; ++c) sums[q][c] = _mm512_setzero_ps();
+    constexpr bool PAIRS = REGISTERS % 2 == 0;
     for (size_t t = begin; t < end; ++t) {
         __m512 b_f32x16[REGISTERS];
-        for (size_t c = 0; c < REGISTERS; ++c) {
+        for (size_t c = 0; c < REGISTERS; c += PAIRS ? 2 : 1) {
             const char* at = b + t * b_stride + c * LANES * Stored::BYTES;
-            b_f32x16[c] = PART ? Stored::load_part(at, count) : Stored::load(at);
+            if (ahead) prefetch<Cache::SECOND>(at, ahead);
+            if constexpr (PAIRS)
+                Stored::Pair::load(at, b_f32x16[c], b_f32x16[c + 1]);
+            else
+                b_f32x16[c] = PART ? Stored::load_part(at, count) : Stored::load(at);
         }
         for (size_t q = 0; q < QUERIES; ++q) {
             const __m512 a_f32x16 = _mm512_set1_ps(a[q * a_stride + t]);
@@ -257,6 +296,10 @@ inline void product_tile(const float* a, size_t a_stride, size_t begin, size_t e
                 sums[q][c] = add_product(sums[q][c], a_f32x16, b_f32x16[c]);
         }
     }
+    if constexpr (PAIRS)
+        for (size_t q = 0; q < QUERIES; ++q)
+            for (size_t c = 0; c < REGISTERS; c += 2)
+                Stored::Pair::put_in_order(sums[q][c], sums[q][c + 1]);
 }
 
 // Calls tile.operator()<Q>(first query) for tiles of Q = 8 and 4 queries, and of 1 for those left
@@ -270,14 +313,14 @@ inline void in_tiles(size_t queries, Tile tile) {
 }
 
 void attention_scores(const float* q, size_t queries, const void* keys, ValueType type, size_t n,
-                      float scale, float* out) {
+                      float scale, uintptr_t ahead, float* out) {
     static_assert(KV_BLOCK_SIZE == 2 * LANES);
     const __m512 scale_f32x16 = _mm512_set1_ps(scale);
     with_stored(type, [&]<class Stored>() {
         in_tiles(queries, [&]<size_t QUERIES>(size_t first) {
             __m512 sums[QUERIES][2];
             product_tile<Stored>(q + first * n, n, 0, n, static_cast<const char*>(keys),
-                                 KV_BLOCK_SIZE * Stored::BYTES, sums);
+                                 KV_BLOCK_SIZE * Stored::BYTES, first ? 0 : ahead, sums);
             for (size_t i = 0; i < QUERIES; ++i)
                 for (size_t c = 0; c < 2; ++c)
                     _mm512_storeu_ps(out + (first + i) * KV_BLOCK_SIZE + c * LANES,
@@ -293,7 +336,7 @@ inline __m512 merge(__m512 old, float keep, __m512 sum, float join) {
 
 void weighted_values(const float* w, size_t queries, const void* values, ValueType type,
                      size_t begin, size_t end, size_t n, const float* keep, const float* join,
-                     float* out) {
+                     uintptr_t ahead, float* out) {
     with_stored(type, [&]<class Stored>() {
         in_tiles(queries, [&]<size_t QUERIES>(size_t first) {
             const float* weights = w + first * KV_BLOCK_SIZE;
@@ -301,7 +344,7 @@ void weighted_values(const float* w, size_t queries, const void* values, ValueTy
             const auto columns = [&]<size_t REGISTERS>(size_t d) {
                 __m512 sums[QUERIES][REGISTERS];
                 product_tile<Stored>(weights, KV_BLOCK_SIZE, begin, end, rows + d * Stored::BYTES,
-                                     n * Stored::BYTES, sums);
+                                     n * Stored::BYTES, first ? 0 : ahead, sums);
                 for (size_t i = 0; i < QUERIES; ++i) {
                     for (size_t c = 0; c < REGISTERS; ++c) {
                         float* at = out + (first + i) * n + d + c * LANES;
@@ -311,13 +354,15 @@ void weighted_values(const float* w, size_t queries, const void* values, ValueTy
                 }
             };
             size_t d = 0;
+            if constexpr (QUERIES <= 4)
+                for (; d + 4 * LANES <= n; d += 4 * LANES) columns.template operator()<4>(d);
             for (; d + 2 * LANES <= n; d += 2 * LANES) columns.template operator()<2>(d);
             for (; d + LANES <= n; d += LANES) columns.template operator()<1>(d);
             if (d == n) return;
             __m512 sums[QUERIES][1];
             product_tile<Stored, QUERIES, 1, true>(weights, KV_BLOCK_SIZE, begin, end,
                                                    rows + d * Stored::BYTES, n * Stored::BYTES,
-                                                   sums, n - d);
+                                                   first ? 0 : ahead, sums, n - d);
             for (size_t i = 0; i < QUERIES; ++i) {
                 float* at = out + (first + i) * n + d;
                 store_part(

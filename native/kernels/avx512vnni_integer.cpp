@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../prefetch.h"
+
 // Only what follows is compiled for AVX-512; see avx2.cpp.
 #if !defined(BITLLM_EMULATE_AVX512)
 #if defined(__clang__)
@@ -36,6 +38,7 @@ struct Avx512 {
     using Floats = __m512;
     static constexpr size_t BYTES = 64;
     static constexpr size_t TOKENS = 6;  // 24 sums, 6 tokens and one register of codes, of 32
+    static constexpr size_t FEW_ROWS = 2, FEW_TOKENS = 8;  // 16 sums, 2 rows, their codes, one q
 
     static Integers load(const void* at) { return _mm512_loadu_si512(at); }
     // The upper half is 0.
@@ -88,6 +91,11 @@ struct Avx512 {
                                                    _mm512_extracti64x4_epi64(sum_i32x16, 1));
         return _mm_add_epi32(_mm256_castsi256_si128(sum_i32x8),
                              _mm256_extracti128_si256(sum_i32x8, 1));
+    }
+
+    static int32_t sum_i32(Integers a) {
+        const Integers zero = all_i32(0);
+        return _mm_cvtsi128_si32(sum_lanes(a, zero, zero, zero));
     }
 
     static Floats all_f32(float value) { return _mm512_set1_ps(value); }

@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../prefetch.h"
+
 // Only what follows is compiled for AVX-VNNI; see avx2.cpp.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,avxvnni"))), apply_to = function)
@@ -35,6 +37,7 @@ struct AvxVnni {
     using Floats = __m256;
     static constexpr size_t BYTES = 32;
     static constexpr size_t TOKENS = 3;  // 12 sums, 3 tokens and one register of codes, of 16
+    static constexpr size_t FEW_ROWS = 2, FEW_TOKENS = 4;  // 8 sums, 2 rows, their codes, one q
 
     static Integers load(const void* at) {
         return _mm256_loadu_si256(static_cast<const __m256i*>(at));
@@ -94,6 +97,11 @@ struct AvxVnni {
             _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
         return _mm_add_epi32(_mm256_castsi256_si128(sum_i32x8),
                              _mm256_extracti128_si256(sum_i32x8, 1));
+    }
+
+    static int32_t sum_i32(Integers a) {
+        const Integers zero = all_i32(0);
+        return _mm_cvtsi128_si32(sum_lanes(a, zero, zero, zero));
     }
 
     static Floats all_f32(float value) { return _mm256_set1_ps(value); }

@@ -120,9 +120,10 @@ struct Kernels {
 
     // Scores of some queries against all KV_BLOCK_SIZE keys of a block, which is stored by
     // dimension, keys[d][j]: out[i * KV_BLOCK_SIZE + j] = (sum over d in order of q[i * n + d] *
-    // float(keys[d][j])) * scale.
+    // float(keys[d][j])) * scale. Meanwhile it asks for what lies `ahead` bytes behind the keys,
+    // unless that is 0: a decoded token waits for memory more than it computes.
     void (*attention_scores)(const float* q, size_t queries, const void* keys, ValueType type,
-                             size_t n, float scale, float* out);
+                             size_t n, float scale, uintptr_t ahead, float* out);
 
     // From scores to the softmax weights of one block, in place: with h = max of w[begin .. end),
     // w[j] = exp(w[j] - h) for begin <= j < end and 0 elsewhere; *total = lane_sum of all
@@ -130,10 +131,11 @@ struct Kernels {
     float (*block_weights)(float* w, size_t begin, size_t end, float* total);
 
     // Merges a block into running sums: out[i * n + d] = out[i * n + d] * keep[i] + (sum over begin
-    // <= j < end in order of w[i * KV_BLOCK_SIZE + j] * float(values[j][d])) * join[i].
+    // <= j < end in order of w[i * KV_BLOCK_SIZE + j] * float(values[j][d])) * join[i]. `ahead`: as
+    // above, behind the values.
     void (*weighted_values)(const float* w, size_t queries, const void* values, ValueType type,
                             size_t begin, size_t end, size_t n, const float* keep,
-                            const float* join, float* out);
+                            const float* join, uintptr_t ahead, float* out);
 
     // out[i] = float(values[i]).
     void (*widen)(const void* values, ValueType type, size_t n, float* out);

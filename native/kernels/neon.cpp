@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../prefetch.h"
+
 namespace bitllm {
 namespace {
 
@@ -265,11 +267,12 @@ void dense_matvec(const void* w, ValueType type, size_t rows, size_t n, const fl
 // and 16 columns of b, or the first `count` of them.
 template <class Stored, size_t QUERIES, bool PART = false>
 inline void product_tile(const float* a, size_t a_stride, size_t begin, size_t end,
-                         const uint8_t* b, size_t b_stride, F32x16 (&sums)[QUERIES],
-                         size_t count = LANES) {
+                         const uint8_t* b, size_t b_stride, uintptr_t ahead,
+                         F32x16 (&sums)[QUERIES], size_t count = LANES) {
     for (size_t q = 0; q < QUERIES; ++q) sums[q] = all(0.0f);
     for (size_t t = begin; t < end; ++t) {
         const uint8_t* at = b + t * b_stride;
+        if (ahead) prefetch<Cache::SECOND>(at, ahead);
         const F32x16 b_f32x16 = PART ? load_stored_part<Stored>(at, count) : Stored::load(at);
         for (size_t q = 0; q < QUERIES; ++q)
             sums[q] = sums[q] + all(a[q * a_stride + t]) * b_f32x16;
@@ -285,14 +288,14 @@ inline void in_tiles(size_t queries, Tile tile) {
 }
 
 void attention_scores(const float* q, size_t queries, const void* keys, ValueType type, size_t n,
-                      float scale, float* out) {
+                      float scale, uintptr_t ahead, float* out) {
     with_stored(type, [&]<class Stored>() {
         in_tiles(queries, [&]<size_t QUERIES>(size_t first) {
             for (size_t place = 0; place < KV_BLOCK_SIZE; place += LANES) {
                 const uint8_t* at = static_cast<const uint8_t*>(keys) + place * Stored::BYTES;
                 F32x16 sums[QUERIES];
                 product_tile<Stored>(q + first * n, n, 0, n, at, KV_BLOCK_SIZE * Stored::BYTES,
-                                     sums);
+                                     first ? 0 : ahead, sums);
                 for (size_t i = 0; i < QUERIES; ++i)
                     store(out + (first + i) * KV_BLOCK_SIZE + place, sums[i] * all(scale));
             }
@@ -302,7 +305,7 @@ void attention_scores(const float* q, size_t queries, const void* keys, ValueTyp
 
 void weighted_values(const float* w, size_t queries, const void* values, ValueType type,
                      size_t begin, size_t end, size_t n, const float* keep, const float* join,
-                     float* out) {
+                     uintptr_t ahead, float* out) {
     with_stored(type, [&]<class Stored>() {
         in_tiles(queries, [&]<size_t QUERIES>(size_t first) {
             const float* weights = w + first * KV_BLOCK_SIZE;
@@ -314,7 +317,7 @@ void weighted_values(const float* w, size_t queries, const void* values, ValueTy
             for (; d + LANES <= n; d += LANES) {
                 F32x16 sums[QUERIES];
                 product_tile<Stored>(weights, KV_BLOCK_SIZE, begin, end, rows + d * Stored::BYTES,
-                                     n * Stored::BYTES, sums);
+                                     n * Stored::BYTES, first ? 0 : ahead, sums);
                 for (size_t i = 0; i < QUERIES; ++i) {
                     float* at = out + (first + i) * n + d;
                     store(at, merge(load(at), sums[i], i));
@@ -323,8 +326,8 @@ void weighted_values(const float* w, size_t queries, const void* values, ValueTy
             if (d == n) return;
             F32x16 sums[QUERIES];
             product_tile<Stored, QUERIES, true>(weights, KV_BLOCK_SIZE, begin, end,
-                                                rows + d * Stored::BYTES, n * Stored::BYTES, sums,
-                                                n - d);
+                                                rows + d * Stored::BYTES, n * Stored::BYTES,
+                                                first ? 0 : ahead, sums, n - d);
             for (size_t i = 0; i < QUERIES; ++i) {
                 float* at = out + (first + i) * n + d;
                 store_part(at, n - d, merge(load_part(at, n - d), sums[i], i));

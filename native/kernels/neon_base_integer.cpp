@@ -5,6 +5,8 @@
 
 #include <arm_neon.h>
 
+#include "../prefetch.h"
+
 namespace bitllm {
 namespace {
 

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../prefetch.h"
+
 // Only what follows is compiled for the extensions; see avx2.cpp.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod+i8mm"))), \

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../prefetch.h"
+
 // Only what follows is compiled for the extension; see avx2.cpp.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod"))), apply_to = function)

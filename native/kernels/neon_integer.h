@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../prefetch.h"
 #include "kernels.h"
 
 namespace bitllm {
@@ -93,13 +94,17 @@ template <class Sums, size_t ROWS>
 inline void matvec_tile(const uint8_t* packed, size_t stride, const int8_t* q, int32_t q_sum,
                         int32_t* acc) {
     Sums sums[ROWS];
+    const uintptr_t ahead = tiles_ahead(ROWS * stride);
     for (size_t r = 0; r < ROWS; ++r) sums[r] = Sums::zero();
     for (size_t at = 0; at < stride; at += 16) {
         const size_t block = at / BLOCK_BYTES, piece = at % BLOCK_BYTES;
         int8x16_t q_i8x16[Sums::PARTS];
         for (size_t part = 0; part < Sums::PARTS; ++part)
             q_i8x16[part] = vld1q_s8(q + (block * Sums::PARTS + part) * BLOCK_BYTES + piece);
-        for (size_t r = 0; r < ROWS; ++r) sums[r].add(vld1q_u8(packed + r * stride + at), q_i8x16);
+        for (size_t r = 0; r < ROWS; ++r) {
+            if (piece == 0) prefetch(packed + (block * ROWS + r) * BLOCK_BYTES, ahead);
+            sums[r].add(vld1q_u8(packed + r * stride + at), q_i8x16);
+        }
     }
     for (size_t r = 0; r < ROWS; ++r) acc[r] = sums[r].total(q_sum);
 }

@@ -99,7 +99,7 @@ void dense_matvec(const void* w, ValueType type, size_t rows, size_t n, const fl
 }
 
 void attention_scores(const float* q, size_t queries, const void* keys, ValueType type, size_t n,
-                      float scale, float* out) {
+                      float scale, uintptr_t, float* out) {
     with_stored(type, [&]<class Stored>() {
         for (size_t i = 0; i < queries; ++i, q += n, out += KV_BLOCK_SIZE) {
             const std::byte* at = static_cast<const std::byte*>(keys);
@@ -122,7 +122,7 @@ float block_weights(float* w, size_t begin, size_t end, float* total) {
 
 void weighted_values(const float* w, size_t queries, const void* values, ValueType type,
                      size_t begin, size_t end, size_t n, const float* keep, const float* join,
-                     float* out) {
+                     uintptr_t, float* out) {
     with_stored(type, [&]<class Stored>() {
         const std::byte* rows = static_cast<const std::byte*>(values);
         for (size_t i = 0; i < queries; ++i, w += KV_BLOCK_SIZE, out += n) {

@@ -23,25 +23,22 @@ namespace {
 
 constexpr size_t ROWS_OF_TILE = 4;
 
-// With one token a product is bound by memory, and rows are too short for the hardware to foresee
-// four of them: the bytes are asked for so far ahead.
-constexpr uintptr_t PREFETCH_BYTES = 4096;
-
-inline void prefetch(const uint8_t* at) {
-    const uintptr_t ahead =
-        reinterpret_cast<uintptr_t>(at) + PREFETCH_BYTES;  // may lie behind the weights
-    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+// Says, by assembly that is empty, that a value is in a register, and stays in this one.
+template <class Integers>
+inline void keep_in_register(Integers& value) {
+#if defined(__GNUC__) && !defined(BITLLM_EMULATE_AVX512)
+    __asm__("" : "+v"(value));
+#else
+    (void)value;
+#endif
 }
 
-// sum plus the sums of groups of four products u * i. The assembly, which is empty, says that the
-// sum stays where it is: without it, GCC 12 copies it to and fro.
+// sum plus the sums of groups of four products u * i. GCC 12 would copy the sum to and fro.
 template <class V>
 inline void add_products(typename V::Integers& sum_i32, typename V::Integers u8,
                          typename V::Integers i8) {
     sum_i32 = V::add_products(sum_i32, u8, i8);
-#if defined(__GNUC__) && !defined(BITLLM_EMULATE_AVX512)
-    __asm__("" : "+v"(sum_i32));
-#endif
+    keep_in_register(sum_i32);
 }
 
 // acc[r] = the sum over the lanes of sums[r], less q_sum.
@@ -49,8 +46,7 @@ template <class V, size_t ROWS>
 inline void store_sums(const typename V::Integers (&sums)[ROWS], int32_t q_sum, int32_t* acc) {
     static_assert(ROWS == ROWS_OF_TILE || ROWS == 1);
     if constexpr (ROWS == 1) {
-        const typename V::Integers zero = V::all_i32(0);
-        *acc = _mm_cvtsi128_si32(V::sum_lanes(sums[0], zero, zero, zero)) - q_sum;
+        *acc = V::sum_i32(sums[0]) - q_sum;
     } else {
         const __m128i sum_i32x4 = V::sum_lanes(sums[0], sums[1], sums[2], sums[3]);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(acc),
@@ -65,6 +61,7 @@ inline void store_sums(const typename V::Integers (&sums)[ROWS], int32_t q_sum, 
 // are kept apart and divided at the end, exactly. A lane gets less than 2^14 from each block.
 struct TwoBit {
     static constexpr Packing PACKING = Packing::TWO_BIT;
+    static constexpr size_t DIGITS = 4;
 
     template <class V, size_t ROWS>
     static void sum(const uint8_t* packed, size_t stride, size_t blocks, const int8_t* q,
@@ -73,6 +70,7 @@ struct TwoBit {
         const Integers bits01 = V::all_i8(3), bits23 = V::all_i8(12);
         Integers fourfold[ROWS];
         BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) sums[r] = fourfold[r] = V::all_i32(0);
+        const uintptr_t ahead = tiles_ahead(ROWS * stride);
         for (size_t block = 0; block < blocks; ++block, q += block_weights(PACKING)) {
             for (size_t part = 0; part < BLOCK_BYTES; part += V::BYTES) {
                 const Integers q0 = V::load(q + part), q1 = V::load(q + BLOCK_BYTES + part);
@@ -80,7 +78,7 @@ struct TwoBit {
                 const Integers q3 = V::load(q + 3 * BLOCK_BYTES + part);
                 BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
                     const uint8_t* at = packed + r * stride + block * BLOCK_BYTES + part;
-                    if (part == 0) prefetch(at);
+                    if (part == 0) prefetch(packed + (block * ROWS + r) * BLOCK_BYTES, ahead);
                     const Integers lower = V::load(at), upper = V::template words_right<4>(lower);
                     add_products<V>(sums[r], V::bits_of_both(lower, bits01), q0);
                     add_products<V>(fourfold[r], V::bits_of_both(lower, bits23), q1);
@@ -94,16 +92,12 @@ struct TwoBit {
         }
     }
 
+    // Takes the first digit of each byte off `bytes`, as a code.
     template <class V>
-    static void unpack(const uint8_t* packed, uint8_t* codes) {
-        using Integers = typename V::Integers;
-        const Integers low_bits = V::all_i8(3), bytes = V::load(packed);
-        V::store(codes, V::bits_of_both(bytes, low_bits));
-        V::store(codes + BLOCK_BYTES, V::bits_of_both(V::template words_right<2>(bytes), low_bits));
-        V::store(codes + 2 * BLOCK_BYTES,
-                 V::bits_of_both(V::template words_right<4>(bytes), low_bits));
-        V::store(codes + 3 * BLOCK_BYTES,
-                 V::bits_of_both(V::template words_right<6>(bytes), low_bits));
+    static typename V::Integers next_code(typename V::Integers& bytes) {
+        const typename V::Integers code = V::bits_of_both(bytes, V::all_i8(3));
+        bytes = V::template words_right<2>(bytes);  // what a neighbour leaves here, the mask drops
+        return code;
     }
 };
 
@@ -130,11 +124,12 @@ struct Base3 {
         using Integers = typename V::Integers;
         Integers next_sums[ROWS];
         BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) sums[r] = next_sums[r] = V::all_i32(0);
+        const uintptr_t ahead = tiles_ahead(ROWS * stride);
         for (size_t block = 0; block < blocks; ++block, q += block_weights(PACKING)) {
             for (size_t part = 0; part < BLOCK_BYTES; part += V::BYTES) {
                 BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
                     const uint8_t* at = packed + r * stride + block * BLOCK_BYTES + part;
-                    if (part == 0) prefetch(at);
+                    if (part == 0) prefetch(packed + (block * ROWS + r) * BLOCK_BYTES, ahead);
                     Integers v = V::load(at);
                     BITLLM_UNROLL for (size_t d = 0; d < DIGITS; ++d) {
                         const Integers q_i8 = V::load(q + d * BLOCK_BYTES + part);
@@ -152,12 +147,10 @@ struct Base3 {
     }
 
     template <class V>
-    static void unpack(const uint8_t* packed, uint8_t* codes) {
-        typename V::Integers v = V::load(packed);
-        for (size_t d = 0; d < DIGITS; ++d) {
-            V::store(codes + d * BLOCK_BYTES, V::first_digit(v));
-            v = tripled<V>(v);
-        }
+    static typename V::Integers next_code(typename V::Integers& bytes) {
+        const typename V::Integers code = V::first_digit(bytes);
+        bytes = tripled<V>(bytes);
+        return code;
     }
 };
 
@@ -182,11 +175,94 @@ void unpack(const uint8_t* packed, size_t rows, size_t k, uint8_t* codes) {
     for (size_t r = 0; r < rows; ++r, codes += columns) {
         uint8_t* at = codes;
         for (size_t block = 0; block < blocks; ++block, packed += BLOCK_BYTES) {
-            for (size_t part = 0; part < BLOCK_BYTES; part += V::BYTES)
-                Packed::template unpack<V>(packed + part, at + part);
+            for (size_t part = 0; part < BLOCK_BYTES; part += V::BYTES) {
+                typename V::Integers bytes = V::load(packed + part);
+                for (size_t d = 0; d < Packed::DIGITS; ++d)
+                    V::store(at + d * BLOCK_BYTES + part, Packed::template next_code<V>(bytes));
+            }
             at += block_weights(Packed::PACKING);
         }
         std::memset(codes + whole, 1, columns - whole);
+    }
+}
+
+// Few tokens
+// ----------
+// Rows are unpacked in registers, a digit of each byte at a time, and used for all tokens.
+template <class V, class Packed, size_t ROWS, size_t TOKENS>
+inline void few_tile(const uint8_t* packed, size_t k, const int8_t* q, const int32_t* q_sums,
+                     int32_t* acc, size_t acc_stride) {
+    using Integers = typename V::Integers;
+    const size_t blocks = row_blocks(Packed::PACKING, k), stride = blocks * BLOCK_BYTES;
+    const size_t q_stride = padded_columns(k);
+    const uintptr_t ahead = tiles_ahead(ROWS * stride);
+    Integers sums[TOKENS][ROWS];
+    BITLLM_UNROLL for (size_t t = 0; t < TOKENS; ++t) {
+        BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) sums[t][r] = V::all_i32(0);
+    }
+    for (size_t block = 0; block < blocks; ++block, q += block_weights(Packed::PACKING)) {
+        for (size_t part = 0; part < BLOCK_BYTES; part += V::BYTES) {
+            Integers bytes[ROWS], codes_u8[ROWS];
+            BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
+                if (part == 0) prefetch(packed + (block * ROWS + r) * BLOCK_BYTES, ahead);
+                bytes[r] = V::load(packed + r * stride + block * BLOCK_BYTES + part);
+            }
+            BITLLM_UNROLL for (size_t d = 0; d < Packed::DIGITS; ++d) {
+                BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
+                    codes_u8[r] = Packed::template next_code<V>(bytes[r]);
+                }
+                BITLLM_UNROLL for (size_t t = 0; t < TOKENS; ++t) {
+                    Integers q_i8 = V::load(q + t * q_stride + d * BLOCK_BYTES + part);
+                    keep_in_register(q_i8);  // or each product would load it
+                    BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
+                        add_products<V>(sums[t][r], codes_u8[r], q_i8);
+                    }
+                }
+            }
+        }
+    }
+    // Four sums over lanes cost little more than one.
+    BITLLM_UNROLL for (size_t r = 0; r < ROWS; ++r) {
+        BITLLM_UNROLL for (size_t t = 0; t < TOKENS; t += 4) {
+            constexpr size_t LAST = TOKENS - 1;
+            int32_t four[4];
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(four),
+                             V::sum_lanes(sums[t][r], sums[t + 1 < TOKENS ? t + 1 : LAST][r],
+                                          sums[t + 2 < TOKENS ? t + 2 : LAST][r],
+                                          sums[t + 3 < TOKENS ? t + 3 : LAST][r]));
+            for (size_t i = t; i < TOKENS && i < t + 4; ++i)
+                acc[i * acc_stride + r] = four[i - t] - q_sums[i];
+        }
+    }
+}
+
+// All rows by `count` <= TOKENS tokens.
+template <class V, class Packed, size_t TOKENS>
+void few_rows(const uint8_t* packed, size_t rows, size_t k, const int8_t* q, const int32_t* q_sums,
+              size_t count, int32_t* acc, size_t acc_stride) {
+    if constexpr (TOKENS > 1)
+        if (count < TOKENS)
+            return few_rows<V, Packed, TOKENS - 1>(packed, rows, k, q, q_sums, count, acc,
+                                                   acc_stride);
+    constexpr size_t ROWS = V::FEW_ROWS;
+    const size_t stride = packed_row_bytes(Packed::PACKING, k);
+    size_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+        few_tile<V, Packed, ROWS, TOKENS>(packed + r * stride, k, q, q_sums, acc + r, acc_stride);
+    for (; r < rows; ++r)
+        few_tile<V, Packed, 1, TOKENS>(packed + r * stride, k, q, q_sums, acc + r, acc_stride);
+}
+
+template <class V, class Packed>
+void matmul(const uint8_t* packed, size_t rows, size_t k, const int8_t* q, const int32_t* q_sums,
+            size_t tokens, int32_t* acc, size_t acc_stride) {
+    for (size_t tiles = (tokens + V::FEW_TOKENS - 1) / V::FEW_TOKENS; tiles > 0; --tiles) {
+        const size_t count = (tokens + tiles - 1) / tiles;
+        few_rows<V, Packed, V::FEW_TOKENS>(packed, rows, k, q, q_sums, count, acc, acc_stride);
+        q += count * padded_columns(k);
+        q_sums += count;
+        acc += count * acc_stride;
+        tokens -= count;
     }
 }
 
@@ -308,7 +384,7 @@ void screen_rows(const uint8_t* screen, size_t row_groups, size_t groups, const 
             for (size_t step = 0; step < STEPS; ++step) {
                 const uint8_t* at = screen + step * STEP_BYTES;
                 const size_t column = g * SCREEN_GROUP + 8 * step;
-                prefetch(at);
+                prefetch(at, PREFETCH_BYTES);
                 BITLLM_UNROLL for (size_t c = 0; c < REGISTERS; ++c) {
                     const typename V::Integers bytes = V::load(at + c * V::BYTES);
                     high_sums[c].add_step(bytes, high + column);
@@ -362,8 +438,14 @@ int64_t peak(size_t iterations) {
 
 template <class V>
 constexpr IntegerKernels KERNELS = {
-    .packed = {{.matvec = matvec<V, TwoBit>, .unpack = unpack<V, TwoBit>},
-               {.matvec = matvec<V, Base3>, .unpack = unpack<V, Base3>}},
+    .packed = {{.matvec = matvec<V, TwoBit>,
+                .unpack = unpack<V, TwoBit>,
+                .matmul = matmul<V, TwoBit>,
+                .few_tokens = 16},
+               {.matvec = matvec<V, Base3>,
+                .unpack = unpack<V, Base3>,
+                .matmul = matmul<V, Base3>,
+                .few_tokens = 16}},
     .codes_matmul = codes_matmul<V>,
     .screen_rows = screen_rows<V>,
     .peak = peak<V>,

@@ -23,13 +23,16 @@ using namespace bitllm;
 using namespace bitllm::testing;
 
 // Allocations of all threads, counted while somebody counts: by the hook of a sanitizer's
-// allocator, else by functions in front of those of glibc, else by operator new.
+// allocator, else by functions in front of those of glibc, else by operator new. The latter two can
+// refuse one of them.
 namespace {
 std::atomic<bool> counting{false};
 std::atomic<size_t> allocations{0};
+std::atomic<size_t> refused{0};  // the number of the allocation to refuse, from 1 on
 
-void count_allocation() {
-    if (counting.load(std::memory_order_relaxed)) ++allocations;
+// Whether this one is to be refused.
+bool count_allocation() {
+    return counting.load(std::memory_order_relaxed) && ++allocations == refused;
 }
 }  // namespace
 
@@ -47,25 +50,25 @@ void* __libc_realloc(void*, size_t);
 void* __libc_memalign(size_t, size_t);
 
 void* malloc(size_t bytes) {
-    count_allocation();
+    if (count_allocation()) return nullptr;
     return __libc_malloc(bytes);
 }
 void* calloc(size_t count, size_t bytes) {
-    count_allocation();
+    if (count_allocation()) return nullptr;
     return __libc_calloc(count, bytes);
 }
 void* realloc(void* old, size_t bytes) {
-    count_allocation();
+    if (count_allocation()) return nullptr;
     return __libc_realloc(old, bytes);
 }
 void* aligned_alloc(size_t alignment, size_t bytes) {
-    count_allocation();
+    if (count_allocation()) return nullptr;
     return __libc_memalign(alignment, bytes);
 }
 }
 #else
 void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
-    count_allocation();
+    if (count_allocation()) return nullptr;
     return std::malloc(bytes ? bytes : 1);
 }
 void* operator new(size_t bytes) {
@@ -89,7 +92,7 @@ struct Model {
     std::unique_ptr<Decoder> decoder;
 
     Model(const Kernels& kernels, int threads, ValueType kv_type = ValueType::BF16,
-          HeadKind head = HeadKind::FULL) {
+          HeadKind head = HeadKind::FULL, InputType input = InputType::INT8) {
         Random random(11);
         decoder = std::make_unique<Decoder>(kernels, ModelConfig{VOCAB, HIDDEN, 1e-5f, 1.5f},
                                             RuntimeConfig{BLOCKS, kv_type, threads, MAX_TOKENS});
@@ -120,9 +123,11 @@ struct Model {
                 const auto codes = random.codes(out * in);
                 std::vector<uint8_t> packed(out * canonical_row_bytes(in));
                 bitllm::pack_rows(codes.data(), out, in, packed.data());
-                const std::vector<float> scales(layer ? out : 1, 0.06f);
+                const size_t group = layer && input == InputType::FLOAT ? 96 : 0;
+                const size_t groups = group ? (in + group - 1) / group : 1;
+                const std::vector<float> scales(layer ? out * groups : 1, 0.06f);
                 decoder->set_linear(layer, name, {packed.data(), Layout::CANONICAL, out, in},
-                                    scales);
+                                    scales, group, input);
                 decoder->set_linear_bias(layer, name, gains(out));
                 if (i % 2 == layer) decoder->set_linear_norm(layer, name, gains(in), 1e-6f);
             }
@@ -292,7 +297,30 @@ TEST(a_step_allocates_nothing) {
             CHECK_WITH(head == HeadKind::INT8 || sampled == tokens, threads << " threads");
         }
     }
+    const Model floats(best_kernels(), 2, ValueType::BF16, HeadKind::FULL, InputType::FLOAT);
+    floats.decoder->forward(one.input, output);
+    for (const Step* step : {&prefill, &one})
+        CHECK(allocations_during([&] { floats.decoder->forward(step->input, output); }) == 0);
 }
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+// Whichever allocation is refused, building a model ends with an exception, on no worker.
+TEST(a_model_without_memory_is_an_exception) {
+    const Model first(best_kernels(), 2);  // starts the threads
+    for (const HeadKind head : {HeadKind::SCREENED, HeadKind::INT8_SCREENED}) {
+        size_t refusals = 0;
+        for (bool refusing = true; refusing; refusals += refusing) {
+            refused = refusals + 1;
+            refusing = throws<std::bad_alloc>([&] {
+                allocations_during([&] { Model(best_kernels(), 2, ValueType::BF16, head); });
+            });
+            counting = false;
+        }
+        refused = 0;
+        CHECK_WITH(refusals > 50, refusals << " refusals");
+    }
+}
+#endif
 
 TEST(kernels_threads_and_pieces_change_no_bit) {
     const auto ids = prompt(90);
@@ -308,6 +336,26 @@ TEST(kernels_threads_and_pieces_change_no_bit) {
                 CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {1, 2, 34, 64, 89})),
                            label << " " << threads << " in pieces");
             }
+        }
+    }
+}
+
+TEST(kernels_threads_and_pieces_change_no_bit_of_inputs_that_are_not_quantised) {
+    const auto ids = prompt(90);
+    const auto model_of = [](const Kernels& kernels, int threads) {
+        return Model(kernels, threads, ValueType::BF16, HeadKind::FULL, InputType::FLOAT);
+    };
+    const auto expected = logits_of(*model_of(scalar_kernels, 1).decoder, ids, {});
+    for (const float logit : expected) CHECK(std::isfinite(logit));
+    const Model rounded(scalar_kernels, 1);
+    CHECK(!same_bits(expected, logits_of(*rounded.decoder, ids, {})));
+    for (const auto& [label, kernels] : sets_to_try()) {
+        for (const int threads : {1, 2, 3}) {
+            const Model model = model_of(*kernels, threads);
+            CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {})),
+                       label << " " << threads);
+            CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {1, 2, 34, 64, 89})),
+                       label << " " << threads << " in pieces");
         }
     }
 }

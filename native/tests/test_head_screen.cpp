@@ -64,8 +64,8 @@ struct Copy {
     Copy(const Kernels& kernels, Bits bits, const Head& head, int threads = 1)
         : rounded(kernels, bits, head.matrix(), head.vocab, head.hidden, shared_pool(threads)),
           vocab(head.vocab),
-          arena(rounded.take_query(nullptr, nullptr)) {
-        rounded.take_query(&arena, &query);
+          arena(RoundedHead::query_bytes(bits, head.hidden)) {
+        rounded.take_query(arena, query);
     }
 
     bool bounds(const std::vector<float>& hidden, Bounds& found) {

@@ -137,6 +137,9 @@ TEST(widening_is_the_same_everywhere) {
     }
 }
 
+// What the kernels ask for ahead may lie anywhere.
+constexpr uintptr_t ahead = uintptr_t{1} << 40;
+
 TEST(attention_scores_are_the_same_everywhere) {
     Random random(22);
     for (const ValueType type : TYPES) {
@@ -145,11 +148,11 @@ TEST(attention_scores_are_the_same_everywhere) {
                 const std::vector<std::byte> keys = random.stored(type, KV_BLOCK_SIZE * n);
                 const std::vector<float> q = random.numbers(queries * n);
                 std::vector<float> expected = guarded<float>(queries * KV_BLOCK_SIZE);
-                scalar_kernels.attention_scores(q.data(), queries, keys.data(), type, n, 0.125f,
+                scalar_kernels.attention_scores(q.data(), queries, keys.data(), type, n, 0.125f, 0,
                                                 expected.data());
                 on_each([&](const Kernels& kernels, const std::string& label) {
                     std::vector<float> out = guarded<float>(queries * KV_BLOCK_SIZE);
-                    kernels.attention_scores(q.data(), queries, keys.data(), type, n, 0.125f,
+                    kernels.attention_scores(q.data(), queries, keys.data(), type, n, 0.125f, ahead,
                                              out.data());
                     CHECK_WITH(same_bits(out, expected), label << " type " << int(type) << " n "
                                                                << n << " queries " << queries);
@@ -201,12 +204,12 @@ TEST(weighted_values_are_the_same_everywhere) {
                      {std::pair<size_t, size_t>{0, 32}, {0, 1}, {3, 31}, {31, 32}}) {
                     std::vector<float> expected = before;
                     scalar_kernels.weighted_values(w.data(), queries, values.data(), type, begin,
-                                                   end, n, keep.data(), join.data(),
+                                                   end, n, keep.data(), join.data(), 0,
                                                    expected.data());
                     on_each([&](const Kernels& kernels, const std::string& label) {
                         std::vector<float> out = before;
                         kernels.weighted_values(w.data(), queries, values.data(), type, begin, end,
-                                                n, keep.data(), join.data(), out.data());
+                                                n, keep.data(), join.data(), ahead, out.data());
                         CHECK_WITH(same_bits(out, expected), label << " type " << int(type) << " n "
                                                                    << n << " queries " << queries);
                     });

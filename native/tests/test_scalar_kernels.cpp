@@ -171,7 +171,8 @@ TEST(attention_follows_its_formulas) {
                     expected[i * KV_BLOCK_SIZE + j] = sum * 0.3f;
                 }
             }
-            scalar.attention_scores(q.data(), QUERIES, stored.data(), type, n, 0.3f, scores.data());
+            scalar.attention_scores(q.data(), QUERIES, stored.data(), type, n, 0.3f, 0,
+                                    scores.data());
             CHECK_WITH(same_bits(scores, expected), "type " << int(type) << " n " << n);
 
             const std::vector<float> w = random.numbers(QUERIES * KV_BLOCK_SIZE);
@@ -186,7 +187,7 @@ TEST(attention_follows_its_formulas) {
                 }
             }
             scalar.weighted_values(w.data(), QUERIES, stored.data(), type, BEGIN, END, n,
-                                   keep.data(), join.data(), out.data());
+                                   keep.data(), join.data(), 0, out.data());
             CHECK_WITH(same_bits(out, merged), "type " << int(type) << " n " << n);
         }
     }

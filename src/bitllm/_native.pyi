@@ -29,8 +29,10 @@ class Decoder:
     def set_vector(self, layer: int, name: str, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
         """Copy a norm of a layer, by its canonical name."""
 
-    def set_linear(self, layer: int, name: str, stored: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], layout: str, out_features: int, in_features: int, scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int) -> int:
-        """Pack a matrix for the kernels; returns how many rows are not all zero."""
+    def set_linear(self, layer: int, name: str, stored: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], layout: str, out_features: int, in_features: int, scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int, input: str = 'int8') -> int:
+        """
+        Pack a matrix for the kernels; returns how many rows are not all zero. Its inputs are rounded to int8, or stay float.
+        """
 
     def set_linear_norm(self, layer: int, name: str, gain: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], eps: float) -> None: ...
 
@@ -94,9 +96,22 @@ class Decoder:
         Rows screened so far; rows of the head computed exactly for them; how many of them read the whole head after all.
         """
 
-def quantize_activations(x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], q: Annotated[NDArray[numpy.int8], dict(shape=(None, None), order='C', device='cpu')], a: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], isa: str) -> None: ...
+def scratch_bytes(*, vocab: int, hidden: int, kv_blocks: int, threads: int, max_batch_tokens: int, head: str, head_dtype: str, layers: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], rope_pairs: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int:
+    """
+    Decoder.scratch_bytes before there is one. Each row of layers: heads, kv_heads, head_dim, ffn, and whether there are linears with norms of their own, with int8 and with float inputs; rope_pairs: of each distinct table of frequencies.
+    """
 
-def ternary_matmul(packed: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], q: Annotated[NDArray[numpy.int8], dict(shape=(None, None), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')], isa: str) -> None: ...
+class PreparedMatrix:
+    """A ternary matrix packed for the kernels."""
+
+    def __init__(self, packed: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], in_features: int, packing: str, isa: str) -> None: ...
+
+    def multiply(self, q: Annotated[NDArray[numpy.int8], dict(shape=(None, None), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')]) -> None: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+def quantize_activations(x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], q: Annotated[NDArray[numpy.int8], dict(shape=(None, None), order='C', device='cpu')], a: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], isa: str) -> None: ...
 
 def pack(codes: Annotated[NDArray[numpy.int8], dict(shape=(None, None), order='C', device='cpu', writable=False)], packed: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu')]) -> None: ...
 

@@ -234,16 +234,21 @@ class RopeSpec:
     """Rotary position embedding, rotate-half style, over the first `dim` of a head.
 
     `scaling` "linear" divides every frequency by `factor`; "llama3" blends as Llama 3.1 does,
-    between `low_freq_factor` and `high_freq_factor` wavelengths of `original_context`.
+    between `low_freq_factor` and `high_freq_factor` wavelengths of `original_context`. "yarn"
+    (Peng et al., 2023) divides those that turn less than `beta_slow` times within that context,
+    keeps those that turn more than `beta_fast` times, and blends between; what it does to the
+    scores belongs to `LayerSpec.query_scale`.
     """
 
     theta: float
     dim: int
-    scaling: Literal["none", "linear", "llama3"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
 
     def __post_init__(self) -> None:
         if self.dim <= 0 or self.dim % 2:
@@ -252,6 +257,8 @@ class RopeSpec:
             raise ConfigError(f"rope_theta must be a positive number, got {self.theta}")
         if self.scaling == "llama3":
             self._check_llama3()
+        if self.scaling == "yarn":
+            self._check_yarn()
         # All frequencies lie between those of the first and the last pair, divided or not.
         ends = np.array([0, self.dim - 2], np.float64) / self.dim
         with np.errstate(all="ignore"):
@@ -274,6 +281,18 @@ class RopeSpec:
             raise ConfigError(
                 f"RoPE of llama3 needs 0 < low_freq_factor < high_freq_factor, got {low} and {high}"
             )
+        self._check_original_context()
+
+    def _check_yarn(self) -> None:
+        slow, fast = self.beta_slow, self.beta_fast
+        if not (0 < slow < fast and math.isfinite(fast) and self.theta > 1):
+            raise ConfigError(
+                "RoPE of yarn needs 0 < beta_slow < beta_fast and a base above 1, "
+                f"got {slow}, {fast} and {self.theta}"
+            )
+        self._check_original_context()
+
+    def _check_original_context(self) -> None:
         if not 0 < self.original_context <= _LARGEST_CONTEXT:
             raise ConfigError(
                 f"RoPE needs an original context of 1 to {_LARGEST_CONTEXT} tokens, "
@@ -288,6 +307,8 @@ class RopeSpec:
             frequencies = (frequencies / np.float32(self.factor)).astype(np.float32)
         elif self.scaling == "llama3":
             frequencies = self._llama3(frequencies)
+        elif self.scaling == "yarn":
+            frequencies = self._yarn(frequencies)
         return frequencies
 
     def _plain_frequencies(self, exponents: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
@@ -305,6 +326,20 @@ class RopeSpec:
         short_or_blended = np.where(wavelengths < high, frequencies, blended)
         scaled = np.where(wavelengths > low, frequencies / self.factor, short_or_blended)
         return scaled.astype(np.float32)
+
+    def _yarn(self, frequencies: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        low = max(math.floor(self._pair_that_turns(self.beta_fast)), 0)
+        high = min(math.ceil(self._pair_that_turns(self.beta_slow)), self.dim - 1)
+        width = high - low or 0.001
+        pairs = np.arange(self.dim // 2, dtype=np.float64)
+        divided = np.clip((pairs - low) / width, 0.0, 1.0)
+        blended = frequencies / self.factor * divided + frequencies * (1 - divided)
+        return blended.astype(np.float32)
+
+    def _pair_that_turns(self, times: float) -> float:
+        """The pair of dimensions, as a fraction, that turns so often in the original context."""
+        wavelengths = self.original_context / (times * 2 * math.pi)
+        return self.dim * math.log(wavelengths) / (2 * math.log(self.theta))
 
 
 @dataclass(frozen=True, slots=True)

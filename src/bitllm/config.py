@@ -196,7 +196,7 @@ class EngineOptions:
     head: HeadName = "auto"
     context: int | None = None
     kv_tokens: int | None = None
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 256
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ class LoadOptions:
     isa: str | None = None
     packing: PackingName = "auto"
     head: HeadName = "auto"
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 256
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -14,6 +15,7 @@ import bitllm
 from bitllm import ops, ternary
 from bitllm.backends.base import LoadOptions
 from bitllm.backends.cpu import CpuBackend, quantized_operations
+from bitllm.backends.sizes import Packing
 from bitllm.bench.gate import CONTEXT, SEQUENCES, evidence, reference_evidence, require_equal
 from bitllm.bench.model import Workbench
 from bitllm.bench.random_model import SHAPES, write_checkpoint
@@ -38,7 +40,7 @@ class OperationRow:
         threads: that do operations of their own at the same time.
         native: a second, in a loop of native code on all threads.
         native_spread: (max - min) / median of its runs.
-        python: a second, through `bitllm.ops` on one thread; this packs the matrix anew each time.
+        python: a second, through `bitllm.ops` on one thread, with a prepared matrix.
         python_spread: likewise.
     """
 
@@ -82,24 +84,21 @@ def operations(
                 for _ in range(repeats)
             ]
         )
-        python = Spread.of([_through_ops(isa, size) for _ in range(repeats)])
+        python = Spread.of([_through_ops(isa, packing, size) for _ in range(repeats)])
         yield OperationRow(
             size, threads, native.median, native.spread, python.median, python.spread
         )
 
 
-def _through_ops(isa: str, size: int) -> float:
+def _through_ops(isa: str, packing: str, size: int) -> float:
     random = np.random.default_rng(size)
     codes = random.integers(-1, 2, (size, size), np.int8)
-    packed = ops.pack(codes)
+    matrix = ops.prepare(ops.pack(codes), packing=cast(Packing, packing), isa=isa)
     x = random.standard_normal(size, np.float32)
     scale = np.float32(0.5)
     q, _ = ops.quantize_activations(x, isa=isa)
     right = (q == ternary.quantize_activations(x)[0]).all()
-    if (
-        not right
-        or (ops.ternary_matmul(packed, q, isa=isa) != ternary.matmul_int32(codes, q)).any()
-    ):
+    if not right or (matrix.matmul(q) != ternary.matmul_int32(codes, q)).any():
         raise MeasurementError(
             f"kernels {isa}: an operation of {size} x {size} gives other numbers than NumPy",
             hint="run bitllm doctor, and report its output",
@@ -107,7 +106,7 @@ def _through_ops(isa: str, size: int) -> float:
     began, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - began < SECONDS:
         q, a = ops.quantize_activations(x, isa=isa)
-        _ = ops.ternary_matmul(packed, q, isa=isa) / a * scale
+        _ = matrix.matmul(q) / a * scale
         count += 1
     return count / (time.perf_counter() - began)
 

@@ -35,10 +35,10 @@ class BatchBuilder:
         self._vocab_size = vocab_size
         self._requests: list[Request] | None = None  # of a plan that can be used again
         self._plan = SamplePlan.greedy()
-        self._of_one = _shape([], [])
+        self._of_one = _shape([], [], [])
 
     def build(self, runs: Ordered[Run]) -> Batch:
-        """Return one step's batch; each run that `samples` asks for one SAMPLE, in order.
+        """Return one step's batch: a SAMPLE for each run that `samples`, a HIDDEN if it `embeds`.
 
         Args:
             runs: at least one, with blocks for all of their tokens.
@@ -68,7 +68,7 @@ class BatchBuilder:
 
     def _shape_of_one(self, count: int) -> _Shape:
         if len(self._of_one.adapter_slots) != count:
-            self._of_one = _shape([1] * count, range(count))
+            self._of_one = _shape([1] * count, range(count), [OutputKind.SAMPLE] * count)
         return self._of_one
 
     def _plan_for(self, sequences: list[Sequence]) -> SamplePlan:
@@ -100,19 +100,20 @@ def _lasts(sequence: Sequence) -> bool:
     return may_end and not request.penalised
 
 
-def _shape(lengths: Ordered[int], rows: Ordered[int]) -> _Shape:
+def _shape(lengths: Ordered[int], rows: Ordered[int], kinds: Ordered[int]) -> _Shape:
     return _Shape(
         run_offsets=np.cumsum([0, *lengths], dtype=np.int32),
         adapter_slots=np.full(len(lengths), -1, np.int32),
         output_rows=np.array(rows, np.int32),
-        output_kinds=np.full(len(rows), OutputKind.SAMPLE, np.uint8),
+        output_kinds=np.array(kinds, np.uint8),
     )
 
 
 def _shape_of(runs: Ordered[Run]) -> _Shape:
     ends = list(itertools.accumulate(run.length for run in runs))
-    rows = [end - 1 for run, end in zip(runs, ends, strict=True) if run.samples]
-    return _shape([run.length for run in runs], rows)
+    rows = [end - 1 for run, end in zip(runs, ends, strict=True) if run.ends]
+    kinds = [OutputKind.HIDDEN if run.embeds else OutputKind.SAMPLE for run in runs if run.ends]
+    return _shape([run.length for run in runs], rows, kinds)
 
 
 def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:

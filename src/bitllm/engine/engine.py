@@ -175,8 +175,12 @@ class Engine:
     def _apply(self, runs: list[Run], output: StepOutput) -> None:
         now = time.perf_counter()
         sampling = [run.sequence for run in runs if run.samples]
+        embedded = [run.sequence for run in runs if run.embeds]
         for run in runs:
             run.sequence.computed += run.length
+        for sequence, hidden in zip(embedded, output.hidden, strict=True):
+            sequence.hidden = hidden.copy()
+            self._scheduler.remove(sequence)
         tokens = output.sampled.tolist()
         for index, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
             if token < 0:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from bitllm.backends.base import Decoder, DecoderInfo
 from bitllm.checkpoint import ModelSpec
@@ -15,8 +16,15 @@ from bitllm.config import SamplingParams
 from bitllm.engine.engine import Engine
 from bitllm.engine.memory_plan import MemoryPlan
 from bitllm.engine.outputs import Chunk, Completion
-from bitllm.engine.request import ModelDefaults, Request, describe_defaults, resolve_request
-from bitllm.errors import ConfigError
+from bitllm.engine.request import (
+    ModelDefaults,
+    Request,
+    describe_defaults,
+    embedding_request,
+    resolve_request,
+)
+from bitllm.engine.sequence import Sequence
+from bitllm.errors import CheckpointError, ConfigError
 from bitllm.tokenizer import StreamDetokenizer, Tokenizer
 
 __all__ = ["LLM", "Message", "Prompt", "SamplingOptions"]
@@ -207,6 +215,53 @@ class LLM:
         request = self._request(ids, _sampling(params, options), fill_context=True)
         return self._chunks(request) if stream else self._complete([request])[0]
 
+    def embed(self, texts: Prompt | list[str] | list[list[int]]) -> npt.NDArray[np.float32]:
+        """Return the embedding of a text, or of several, for models that are made to give one.
+
+        It is the hidden state of the last token, divided by its length, so that the product of two
+        embeddings is the cosine of their angle. Texts that the model expects behind an instruction
+        have to be given with it.
+
+        Args:
+            texts: a text or its token ids; or a list of those.
+
+        Returns:
+            float32 [hidden], each of length 1; for a list of n texts, [n, hidden].
+
+        Raises:
+            ConfigError: the model is none that embeds; no tokens, or ids outside the vocabulary.
+            ContextOverflowError: a text is longer than the context.
+            CheckpointError: the model computes no numbers.
+        """
+        if self.spec.pooling != "last":
+            raise ConfigError(
+                f"{self.name} writes text and gives no embeddings",
+                hint="load an embedding model; its files say how hidden states become one",
+            )
+        one = _is_one(texts)
+        rows = self._embeddings([cast(Prompt, texts)] if one else cast("list[Prompt]", texts))
+        return rows.reshape(-1) if one else rows
+
+    def _embeddings(self, texts: list[Prompt]) -> npt.NDArray[np.float32]:
+        requests = [
+            embedding_request(
+                self.encode(text) if isinstance(text, str) else _token_ids(text),
+                vocab_size=self.spec.vocab_size,
+                context=self.context,
+            )
+            for text in texts
+        ]
+        sequences = self._finished(requests)
+        hidden = np.array([each.hidden for each in sequences], np.float32)
+        hidden = hidden.reshape(-1, self.spec.hidden_size)
+        lengths = np.sqrt((hidden.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
+        if not (np.isfinite(lengths) & (lengths > 0)).all():
+            raise CheckpointError(
+                f"{self.name} computes no number for the embedding of a text",
+                hint="its weights are damaged or overflow; download it again",
+            )
+        return np.asarray(hidden / lengths, np.float32)
+
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Return the token ids of a text, with the start token where the model has one."""
         return self.tokenizer.encode(text, add_bos=add_bos)
@@ -257,7 +312,10 @@ class LLM:
         )
 
     def _complete(self, requests: list[Request]) -> list[Completion]:
-        sequences = []
+        return [sequence.completion() for sequence in self._finished(requests)]
+
+    def _finished(self, requests: list[Request]) -> list[Sequence]:
+        sequences: list[Sequence] = []
         try:
             for request in requests:
                 sequences.append(self._engine.add(request))
@@ -266,7 +324,7 @@ class LLM:
         finally:
             for sequence in sequences:
                 self._engine.abort(sequence)
-        return [sequence.completion() for sequence in sequences]
+        return sequences
 
     def _chunks(self, request: Request) -> Generator[Chunk, None, None]:
         sequence = self._engine.add(request)

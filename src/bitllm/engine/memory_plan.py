@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitllm.backends import choose_device
-from bitllm.backends.base import KV_BLOCK_SIZE
+from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions
 from bitllm.backends.sizes import kv_bytes_per_token, rounded_head_bytes, ternary_bytes
 from bitllm.checkpoint import DTYPE_BYTES, Checkpoint, ModelSpec
 from bitllm.config import EngineOptions
@@ -32,11 +32,8 @@ TOKENIZER_BYTES = 700
 REFERENCE_CODE_BITS = 8
 """Bits a ternary weight takes on the device "reference"."""
 
-ROW_BLOCK = 320
-"""Quantised inputs are padded to a multiple of this many values, or less."""
-
 LOGIT_ROWS = 8
-"""Rows whose logits are held at once."""
+"""Rows whose logits the device "reference" is taken to hold at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class MemoryPlan:
     Attributes:
         weights: ternary codes, norms, embedding and head, or what stands for the head.
         kv: the KV cache when it is full; its pages are taken as they are used.
-        scratch: intermediate results of one step, an upper estimate.
+        scratch: intermediate results of one step.
         process: interpreter, libraries and tokenizer.
         available: what the machine can still give, None = unknown.
         limit: what the user allows, None = everything.
@@ -176,7 +173,7 @@ def plan_memory(
     return MemoryPlan(
         weights=_weight_bytes(checkpoint, device, options),
         kv=tokens * per_token,
-        scratch=_scratch_bytes(spec, options.max_batch_tokens),
+        scratch=_scratch_bytes(checkpoint, device, options, tokens),
         process=PROCESS_BYTES + TOKENIZER_BYTES * spec.vocab_size,
         available=available_memory(device) if available is None else available,
         limit=options.memory_limit,
@@ -212,8 +209,27 @@ def _weight_bytes(checkpoint: Checkpoint, device: str, options: EngineOptions) -
     return stored + packed + rounded
 
 
-def _scratch_bytes(spec: ModelSpec, rows: int) -> int:
-    """Return an upper estimate of a step's intermediate results for `rows` token rows.
+def _scratch_bytes(
+    checkpoint: Checkpoint, device: str, options: EngineOptions, kv_tokens: int
+) -> int:
+    """Return the bytes of a step's intermediate results; an estimate for all devices but "cpu"."""
+    spec = checkpoint.spec
+    if device != "cpu":
+        return _estimated_scratch(spec, options.max_batch_tokens)
+    from bitllm.backends.cpu import scratch_bytes
+
+    wanted = LoadOptions(
+        kv_tokens=kv_tokens,
+        threads=options.threads,
+        head=options.head,
+        max_batch_tokens=options.max_batch_tokens,
+    )
+    head = checkpoint.dense("embed" if spec.tied_head else "head")
+    return scratch_bytes(spec, wanted, head.dtype)
+
+
+def _estimated_scratch(spec: ModelSpec, rows: int) -> int:
+    """Return roughly what `rows` token rows take.
 
     Residual and block output in fp32, the widest stage in fp32 and its input in int8, cosines and
     sines; and for `LOGIT_ROWS` rows logits, and what sorting them takes.
@@ -223,7 +239,7 @@ def _scratch_bytes(spec: ModelSpec, rows: int) -> int:
         attention = layer.q.out_features + layer.k.out_features + layer.v.out_features
         stage = max(stage, attention, layer.gate.out_features + layer.up.out_features)
     heads = max(layer.head_dim for layer in spec.layers)
-    a_row = 4 * (2 * spec.hidden_size + stage + heads) + stage + ROW_BLOCK
+    a_row = 4 * (2 * spec.hidden_size + stage + heads) + stage
     return rows * a_row + 32 * LOGIT_ROWS * spec.vocab_size
 
 

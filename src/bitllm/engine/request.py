@@ -16,6 +16,7 @@ __all__ = [
     "ModelDefaults",
     "Request",
     "describe_defaults",
+    "embedding_request",
     "resolve_request",
 ]
 
@@ -51,6 +52,7 @@ class Request:
         stop_ids: ids that end the generation.
         banned_ids: ids that are not drawn before `min_tokens`.
         top_logprobs: -1 = no log-probabilities, else how many of the likeliest ids.
+        embeds: nothing is drawn; the hidden state of the prompt's last token is wanted.
 
     The rest is as in `SamplingParams`.
     """
@@ -71,6 +73,7 @@ class Request:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int = -1
+    embeds: bool = False
 
     @property
     def penalised(self) -> bool:
@@ -135,6 +138,26 @@ def resolve_request(
         logit_bias=params.logit_bias,
         top_logprobs=-1 if params.logprobs is None else params.logprobs,
     )
+
+
+def embedding_request(prompt_ids: Sequence[int], *, vocab_size: int, context: int) -> Request:
+    """Return the request for the hidden state of a text's last token.
+
+    Raises:
+        ConfigError: no tokens, or an id outside the vocabulary.
+        ContextOverflowError: the text is longer than the context.
+    """
+    _check_ids("the text", prompt_ids, vocab_size)
+    if not prompt_ids:
+        raise ConfigError(
+            "the text has no tokens", hint="give some text; this model adds no token of its own"
+        )
+    if len(prompt_ids) > context:
+        raise ContextOverflowError(
+            f"the text has {len(prompt_ids)} tokens, but the context holds {context}",
+            hint="embed a shorter text, or load the model with a larger context",
+        )
+    return Request(prompt_ids=tuple(prompt_ids), max_tokens=1, embeds=True)
 
 
 def describe_defaults(defaults: ModelDefaults) -> str:

@@ -19,9 +19,19 @@ class Run:
     length: int
 
     @property
-    def samples(self) -> bool:
-        """Whether this run ends with the last known token, so that the next is drawn."""
+    def ends(self) -> bool:
+        """Whether this run ends with the last known token, of which something is wanted."""
         return self.length == self.sequence.pending
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token is drawn after this run."""
+        return self.ends and not self.sequence.request.embeds
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the hidden state at the end of this run is wanted."""
+        return self.ends and self.sequence.request.embeds
 
 
 class Scheduler:

@@ -28,6 +28,7 @@ class Sequence:
         block_ids: KV blocks held, in order of position.
         finish_reason: None while it runs.
         failure: why no further token can be drawn, None if nothing went wrong.
+        hidden: float32 [hidden] of the last token, once it is computed, where that was asked for.
     """
 
     def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
@@ -37,6 +38,7 @@ class Sequence:
         self.block_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.failure: BitllmError | None = None
+        self.hidden: npt.NDArray[np.float32] | None = None
         self.seen = dict.fromkeys(request.prompt_ids, 0) if request.penalised else {}
         longest = len(request.prompt_ids) + request.max_tokens
         self._table = np.full(self.blocks_for(longest), -1, np.int32)
@@ -68,8 +70,9 @@ class Sequence:
 
     @property
     def finished(self) -> bool:
-        """Whether the last token is drawn, or none can be."""
-        return self.finish_reason is not None or self.failure is not None
+        """Whether the last token is drawn, or none can be, or nothing but `hidden` was wanted."""
+        ended = self.finish_reason is not None or self.failure is not None
+        return ended or self.hidden is not None
 
     def add_block(self, block: int) -> None:
         """Take a KV block for the next positions."""

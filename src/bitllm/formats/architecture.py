@@ -137,16 +137,18 @@ def read_model_spec(
     windows = _sliding_windows(config, architecture, count, max_context)
     try:
         linears = _linear_specs(config, architecture, quantization, hidden, shared)
-        by_window = {
-            window: LayerSpec(
+        by_window = {}
+        for window in set(windows):
+            head_dim, local = shared["head_dim"], window is not None
+            rope = _read_rope(config, architecture, head_dim, max_context, local)
+            factor = _score_factor(config, architecture, rope, head_dim, local)
+            by_window[window] = LayerSpec(
                 **linears,
-                **shared,
-                rope=_read_rope(config, architecture, shared["head_dim"], max_context, window),
+                **{**shared, "query_scale": shared["query_scale"] * factor},
+                rope=rope,
                 # A window as wide as the context is none.
                 sliding_window=None if window is None or window >= max_context else window,
             )
-            for window in set(windows)
-        }
     except ConfigError as error:
         raise FormatError(f"{path}: {error.message}", hint=error.hint) from error
     has_head = any(tensor.endswith("lm_head.weight") for tensor in tensors)
@@ -248,10 +250,10 @@ def _read_rope(
     architecture: _Architecture,
     head_dim: int,
     max_context: int,
-    window: int | None,
+    local: bool,
 ) -> RopeSpec:
     """Read RoPE from `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta`."""
-    section, theta = _rope_section(config, architecture, window is not None)
+    section, theta = _rope_section(config, architecture, local)
     partial = section.positive(
         "partial_rotary_factor", config.positive("partial_rotary_factor", 1.0)
     )
@@ -262,6 +264,8 @@ def _read_rope(
             return RopeSpec(theta, int(head_dim * partial))
         if kind == "linear":
             return RopeSpec(theta, int(head_dim * partial), "linear", factor)
+        if kind == "yarn":
+            return _read_yarn(section, theta, int(head_dim * partial), factor, max_context)
         if kind == "llama3":
             return RopeSpec(
                 theta,
@@ -275,9 +279,42 @@ def _read_rope(
     except ConfigError as error:
         raise FormatError(f"{config.path}: {error.message}", hint=error.hint) from error
     raise UnsupportedModelError(
-        f"{config.path}: the RoPE scaling {kind!r} is not supported",
-        hint="supported are default, linear and llama3",
+        f"{config.path}: the RoPE scaling {kind!r:.100} is not supported",
+        hint="supported are default, linear, llama3 and yarn",
     )
+
+
+def _read_yarn(
+    section: ConfigFields, theta: float, dim: int, factor: float, max_context: int
+) -> RopeSpec:
+    return RopeSpec(
+        theta,
+        dim,
+        "yarn",
+        factor,
+        original_context=section.size("original_max_position_embeddings", max_context),
+        beta_fast=section.positive("beta_fast", 32.0),
+        beta_slow=section.positive("beta_slow", 1.0),
+    )
+
+
+def _score_factor(
+    config: ConfigFields, architecture: _Architecture, rope: RopeSpec, head_dim: int, local: bool
+) -> float:
+    """What YaRN multiplies the attention scores by: its attention factor, of queries and keys."""
+    if rope.scaling != "yarn":
+        return 1.0
+    section, _ = _rope_section(config, architecture, local)
+    odd = [key for key in ("mscale", "mscale_all_dim") if section.get(key) is not None]
+    odd += ["truncate"] if section.get("truncate") is False else []
+    odd += ["partial_rotary_factor"] if rope.dim != head_dim else []
+    if odd:
+        raise UnsupportedModelError(
+            f"{config.path}: RoPE of yarn with {' and '.join(odd)} is not supported",
+            hint="supported are factor, beta_fast, beta_slow and attention_factor",
+        )
+    usual = 0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
+    return section.positive("attention_factor", usual) ** 2
 
 
 def _rope_section(
@@ -290,13 +327,12 @@ def _rope_section(
     section = config.section("rope_parameters") or config.section("rope_scaling")
     section = section or ConfigFields(config.path, {})
     theta = config.positive("rope_theta", architecture.rope_theta)
-    if architecture.local_theta is not None:
-        kind = "sliding_attention" if local else "full_attention"
-        by_kind = any(key in section.fields for key in ("sliding_attention", "full_attention"))
-        if by_kind or local:
-            section = section.section(kind) or ConfigFields(config.path, {})
-        if local:
-            theta = config.positive("rope_local_base_freq", architecture.local_theta)
+    own = local and architecture.local_theta is not None
+    kinds = {True: "sliding_attention", False: "full_attention"}
+    if own or any(kind in section.fields for kind in kinds.values()):
+        section = section.section(kinds[local]) or ConfigFields(config.path, {})
+    if own and architecture.local_theta is not None:
+        theta = config.positive("rope_local_base_freq", architecture.local_theta)
     return section, section.positive("rope_theta", theta)
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from bitllm.checkpoint import (
     Checkpoint,
+    DenseDtype,
     DenseTensor,
     LinearSpec,
     MappedSource,
@@ -79,7 +80,9 @@ def open_huggingface(directory: Path) -> Checkpoint:
     refuse_known_models(config_file, fields, files)
     quantization = read_quantization(config_file, fields, files)
     spec = read_model_spec(config_file, fields, quantization, files)
-    spec = replace(spec, pooling=read_pooling(directory, spec.architecture))
+    pooling = read_pooling(directory, spec.architecture)
+    headless = pooling != "none" and "lm_head.weight" not in files
+    spec = replace(spec, pooling=pooling, tied_head=spec.tied_head or headless)
     source = _HuggingFaceSource(directory, spec, quantization, files)
     if not quantization.declared and not source.shows_ternary_values():
         raise dense_model(config_file)
@@ -140,6 +143,15 @@ class _HuggingFaceSource(MappedSource):
             return self._scaled_bias(name.removesuffix(".bias"), tensor)
         return tensor
 
+    def dense_dtype(self, name: str) -> DenseDtype | None:
+        """Return the dtype of the dense tensor called `name`, or None; dequantises nothing."""
+        affine = self._affine.get(name)
+        return super().dense_dtype(name) if affine is None else affine.dequantized_dtype()
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether the dense tensor called `name` is a view of a file, and not dequantised."""
+        return name not in self._affine
+
     def ternary(self, name: str) -> TernaryMatrix | None:
         """Read the ternary matrix called `name` into the canonical packing, or None."""
         projection = self._projections.get(name)
@@ -184,16 +196,17 @@ class _HuggingFaceSource(MappedSource):
             file.release()
 
     def shows_ternary_values(self) -> bool:
-        """Whether the smallest projection of the first layer holds ternary values."""
-        names = [name for name in self._projections if name.startswith("layers.0.")]
-        name = min(names, key=lambda name: math.prod(self._shape(name)))
-        stored = f"{self._projections[name].module}.weight"
-        with self._naming(stored):
-            return read_ternary_values(self._files[stored].dense(stored)) is not None
+        """Whether a projection of the first layer holds ternary values, and not only zeros."""
+        return any(
+            self._holds_ternary_values(f"{projection.module}.weight")
+            for name, projection in self._projections.items()
+            if name.startswith("layers.0.")
+        )
 
-    def _shape(self, name: str) -> tuple[int, int]:
-        linear = self._linears[name]
-        return linear.out_features, linear.in_features
+    def _holds_ternary_values(self, stored: str) -> bool:
+        with self._naming(stored):
+            found = read_ternary_values(self._files[stored].dense(stored))
+        return found is not None and bool((found.packed != _ZERO_WEIGHTS).any())
 
     def _warn_of_scale(self, stored: str, scale: float) -> None:
         """Say once that scales look as if they were meant to divide, or the other way round."""
@@ -307,7 +320,7 @@ class _HuggingFaceSource(MappedSource):
         entry = self._entry(stored)
         has_scale = f"{module}.weight_scale" in self._files
         if entry.dtype == "U8" and entry.shape == (-(-out // 4), width):
-            if not self._quantization.declared:
+            if not self._quantization.says_convention:
                 raise UnsupportedModelError(
                     f"{self._directory}: {stored!r} is packed, but config.json has no "
                     "quantization_config to say whether its scale multiplies or divides",
@@ -366,12 +379,8 @@ class _HuggingFaceSource(MappedSource):
         weights = file.dense(stored)
         if projection.storage == "masters":
             return _matrix(read_one_size(weights) or quantize_masters(weights), linear)
-        found = (
-            read_one_size(weights)
-            if projection.has_scale
-            else read_ternary_values(weights, self._quantization.shards)
-        )
-        if found is None:
+        found = read_ternary_values(weights, self._quantization.shards)
+        if found is None or (projection.has_scale and found.scales.ndim):
             raise NotTernaryError(
                 "the weights are not ternary, although config.json says that they were quantised",
                 hint='for master weights, set "quantization_mode": "online" in config.json',

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitllm.checkpoint import DenseTensor
+from bitllm.checkpoint import DenseDtype, DenseTensor
 from bitllm.errors import FormatError, NotTernaryError, TensorShapeError, UnsupportedModelError
 from bitllm.formats.config_fields import ConfigFields
 from bitllm.formats.repack import PackedWeights, coarsest_scales, refuse_code_three, row_bands
@@ -130,6 +130,10 @@ class AffineTensors:
             floats = (step[band, :, None] * q + low[band, :, None]).reshape(-1, columns)
             values[band] = floats.view(np.uint32) >> 16 if dtype == "bf16" else floats
         return DenseTensor(values, dtype)
+
+    def dequantized_dtype(self) -> DenseDtype:
+        """Return the dtype that `dequantize` gives, taking 2 bits to be ternary."""
+        return self._dense("scales").dtype if self.layout.bits == _TERNARY_BITS else "f32"
 
     def _dense(self, part: str) -> DenseTensor:
         file: WeightFile = getattr(self, part)

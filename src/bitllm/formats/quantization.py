@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ class Quantization:
             cut a matrix, along its rows or its columns.
         affine: how MLX stores what it quantised, None = it is no MLX directory.
         declared: config.json says that the model is ternary; otherwise its values have to show it.
+        says_convention: config.json says whether stored scales multiply or divide.
     """
 
     convention: ScaleConvention = "multiply"
@@ -46,6 +47,7 @@ class Quantization:
     shards: int = 1
     affine: AffineLayout | None = None
     declared: bool = True
+    says_convention: bool = False
 
 
 def read_quantization(
@@ -65,13 +67,9 @@ def read_quantization(
     """
     config = ConfigFields(path, fields)
     affine = config.section("quantization")
-    if affine is not None:
-        return Quantization(
-            activation_bits=8 if _is_bitnet(config) else None,
-            norm_eps=_norm_eps(config, tensors),
-            affine=read_affine_layout(affine),
-        )
     section = config.section("quantization_config")
+    if affine is not None:
+        return _affine(config, affine, section, _norm_eps(config, tensors))
     if section is None:
         return _without_section(config, tensors)
     method = section.text("quant_method", "").lower()
@@ -82,6 +80,22 @@ def read_quantization(
             "GPTQ, AWQ, bitsandbytes and their like were made from models that are not",
         )
     return _bitnet_section(section, _norm_eps(config, tensors))
+
+
+def _affine(
+    config: ConfigFields,
+    affine: ConfigFields,
+    section: ConfigFields | None,
+    norm_eps: float | None,
+) -> Quantization:
+    """Read the section of MLX; one of transformers beside it tells of what MLX left as it was."""
+    if section is not None and section.get("quant_method") == "bitnet":
+        return replace(_bitnet_section(section, norm_eps), affine=read_affine_layout(affine))
+    return Quantization(
+        activation_bits=8 if _is_bitnet(config) else None,
+        norm_eps=norm_eps,
+        affine=read_affine_layout(affine),
+    )
 
 
 def _bitnet_section(section: ConfigFields, norm_eps: float | None) -> Quantization:
@@ -103,6 +117,7 @@ def _bitnet_section(section: ConfigFields, norm_eps: float | None) -> Quantizati
         weights="masters" if mode == "online" else "values",
         norm_eps=norm_eps,
         skipped=None if skipped is None else tuple(skipped),
+        says_convention=True,
     )
 
 

@@ -60,7 +60,7 @@ def read_ternary_values(weights: DenseTensor, shards: int = 1) -> PackedWeights 
 
     Returns:
         Codes and scales, the fewest that there can be, or None if the weights are not ternary.
-        Groups without any weight take the scale of their row, or of the matrix.
+        Groups of zeros take the scale of their row, or of the matrix; a matrix of zeros has 1.
 
     Raises:
         QuantizationError: NaN or infinity.
@@ -77,7 +77,7 @@ def read_ternary_values(weights: DenseTensor, shards: int = 1) -> PackedWeights 
         if ((groups != 0) & (groups != largest[band][:, :, None])).any():
             return None
     if not largest.any():
-        return None
+        largest[:] = 1
     found = _coarsen(largest, finest, sizes)
     if found is None:
         return None

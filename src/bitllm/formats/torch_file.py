@@ -71,7 +71,10 @@ class TorchFile:
                 hint="the file is damaged, or would run code; use the safetensors version",
             ) from error
         if not isinstance(held, Mapping) or not held:
-            raise FormatError(f"{self.path}: should map names to tensors, is {type(held).__name__}")
+            raise FormatError(
+                f"{self.path}: should map names to tensors, is {held!r:.40}",
+                hint="use the safetensors version of the model",
+            )
         for name, tensor in held.items():
             if not isinstance(name, str) or not isinstance(tensor, self._torch.Tensor):
                 raise FormatError(

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["gguf_tokenizer"]
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-_LONGEST_PIECE = 1_000  # of SentencePiece vocabularies, in characters
+_LONGEST_PIECE = 256  # of SentencePiece vocabularies, in characters
+_MOST_CHARACTERS = 1 << 24  # of all pieces together
 _SPACE = "▁"
 _EMBEDDED = "tokenizer.huggingface.json"
 """Key under which a file may hold the whole of tokenizer.json, which is then what is used."""
@@ -282,10 +283,13 @@ def _merges_by_score(found: _Metadata, scores: Sequence[float]) -> list[tuple[st
         for id, token in enumerate(found.tokens)
         if not found.types or found.types[id] not in (_UNKNOWN, _CONTROL, _BYTE)
     }
+    if sum(map(len, plain)) > _MOST_CHARACTERS or max(map(len, plain), default=0) > _LONGEST_PIECE:
+        raise TokenizerError(
+            f"{found.name}: the pieces of its vocabulary are too long",
+            hint="the file is damaged; put the tokenizer.json of the model beside it",
+        )
     pairs: list[tuple[float, int, int, str, str]] = []
     for token, id in plain.items():
-        if len(token) > _LONGEST_PIECE:
-            raise TokenizerError(f"{found.name}: token {id} is {len(token)} characters long")
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in plain and right in plain:

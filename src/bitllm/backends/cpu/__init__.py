@@ -10,6 +10,8 @@ quantized_operations(isa, packing, threads, rows, columns, seconds)
 read_bandwidth(threads, nbytes) bytes a second at which the threads read a buffer again and again
 resident_bytes()                bytes of this process in RAM, 0 = unknown
 resident_file_bytes()           those of them that are pages of files
+scratch_bytes(spec, options, head_dtype)
+                                what a step's intermediate results will take
 """
 
 from bitllm._native import (
@@ -24,6 +26,7 @@ from bitllm._native import (
 )
 from bitllm.backends.cpu.backend import CpuBackend
 from bitllm.backends.cpu.decoder import CpuDecoder
+from bitllm.backends.cpu.scratch import scratch_bytes
 from bitllm.backends.cpu.tuning import PackingChoice, choose_packing
 
 __all__ = [
@@ -39,4 +42,5 @@ __all__ = [
     "read_bandwidth",
     "resident_bytes",
     "resident_file_bytes",
+    "scratch_bytes",
 ]

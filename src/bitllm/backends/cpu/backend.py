@@ -54,8 +54,7 @@ class CpuBackend:
 
         Raises:
             CheckpointError: a tensor is missing or broken, or the model has a feature that the
-                native decoder does not run (activations that are not quantised, scales of groups
-                whose size is no multiple of 32).
+                native decoder does not run (scales of groups whose size is no multiple of 32).
             ConfigError: `options.isa` names a kernel set that this machine does not run, or the
                 system refuses so many threads.
             InsufficientMemoryError: weights and KV cache do not fit into the free memory.
@@ -126,12 +125,6 @@ def _kernel_set(wanted: str | None) -> str:
 
 def _refuse_unsupported(checkpoint: Checkpoint) -> None:
     for name, linear in checkpoint.spec.linear_names():
-        if linear.activation_bits is None:
-            raise UnsupportedModelError(
-                f"{checkpoint.origin}: the activations of {name} are not quantised, "
-                "which the cpu device does not run yet",
-                hint='use device="reference"',
-            )
         if linear.in_features > _LARGEST_INPUT:
             raise UnsupportedModelError(
                 f"{checkpoint.origin}: {name} has {linear.in_features} columns; "
@@ -238,8 +231,16 @@ def _set_linear(
             f"{checkpoint.origin}: a scale of {full_name} is NaN or infinite",
             hint="the file is damaged; download it again",
         )
+    bits = checkpoint.spec.layers[index].linear(name).activation_bits
     return native.set_linear(
-        index, name, np.ascontiguousarray(stored), layout, *matrix.shape, scales, group
+        index,
+        name,
+        np.ascontiguousarray(stored),
+        layout,
+        *matrix.shape,
+        scales,
+        group,
+        "float" if bits is None else "int8",
     )
 
 

@@ -103,7 +103,7 @@ class CpuDecoder:
             raise ConfigError(f"the batch cannot be computed: {error}") from error
         except OverflowError as error:
             raise QuantizationError(
-                f"{error}: only finite numbers can be quantised",
+                f"{error}: only finite numbers can be multiplied with weights",
                 hint="the weights are damaged, or too large for float32",
             ) from error
         return output

@@ -9,6 +9,7 @@ from bitllm.backends.base import KV_BLOCK_SIZE, Batch
 from bitllm.backends.reference.attention import KvCache, attend, rotate
 from bitllm.backends.reference.numerics import exp_f32, lane_sum
 from bitllm.checkpoint import LINEAR_NAMES, Activation, Checkpoint, LinearSpec
+from bitllm.errors import QuantizationError
 from bitllm.ternary import matmul_int32, quantize_activations
 
 __all__ = ["Layer", "Linear", "gated", "rms_norm"]
@@ -69,15 +70,19 @@ class Linear:
         return y
 
     def _float_product(self, x: F32) -> F32:
-        """lane_sum(codes * x) * scale, for models whose activations are not quantised."""
+        """0 + lane_sum(codes * x) * scale of each group in order; a row with one scale is one."""
+        if not np.isfinite(x).all():
+            raise QuantizationError(
+                "activations hold NaN or infinity: "
+                "only finite numbers can be multiplied with weights"
+            )
         y = np.zeros((len(x), self.spec.out_features), np.float32)
+        width = self.group_size or self.spec.in_features
+        scales = self.scales if self.group_size else self.scales.reshape(-1, 1)
         for token, row in enumerate(x):
-            if self.group_size is None:
-                y[token] = lane_sum(self.codes * row) * self.scales
-            else:
-                for group, columns in self._groups(self.group_size):
-                    sums = lane_sum(self.codes[:, columns] * row[columns])
-                    y[token] = y[token] + sums * self.scales[:, group]
+            for group, columns in self._groups(width):
+                sums = lane_sum(self.codes[:, columns] * row[columns])
+                y[token] = y[token] + sums * scales[:, group]
         return y
 
     def _groups(self, size: int) -> list[tuple[int, slice]]:

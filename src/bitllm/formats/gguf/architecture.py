@@ -30,6 +30,7 @@ __all__ = ["gguf_architecture", "read_gguf_spec"]
 _MAX_LAYERS = 10_000
 _MAX_WIDTH = 1 << 30
 _FLOAT_ACTIVATIONS = ("Q2_0", "Q2_0_G128", "PTQ1_0")
+_MEAN, _LAST = 1, 3  # of pooling_type
 _OPTIONAL_NORMS = ("attn_norm", "ffn_norm", "attn_sub_norm", "ffn_sub_norm")
 
 
@@ -134,9 +135,27 @@ def read_gguf_spec(model: GgufModel) -> ModelSpec:
             norm_eps=layers[0].norm_eps,
             tied_head=stored_name("head") not in model.tensors,
             max_context=keys.size("context_length"),
+            pooling=_pooling(model, keys, layers[0]),
         )
     except ConfigError as error:
         raise FormatError(f"{model.path}: {error.message}", hint=error.hint) from error
+
+
+def _pooling(model: GgufModel, keys: _Keys, layer: LayerSpec) -> Literal["none", "last"]:
+    """Return how embeddings are made: of the last token, or not at all.
+
+    For the BitNet embedding models, which have a norm before each projection, a converter writes
+    the mean; they were trained for the last token.
+    """
+    stated = keys.get("pooling_type")
+    if stated == _MEAN and layer.q.norm_eps is not None:
+        return "last"
+    if stated not in (None, 0, _LAST):
+        raise UnsupportedModelError(
+            f"{model.path}: pooling of type {stated!r:.20} is not supported",
+            hint="models of text and embeddings of the last token are",
+        )
+    return "last" if stated == _LAST else "none"
 
 
 def _refuse_features(model: GgufModel, keys: _Keys) -> None:
@@ -225,6 +244,11 @@ def _linear_shapes(keys: _Keys, shared: Mapping[str, Any]) -> dict[str, tuple[in
 def _read_rope(model: GgufModel, keys: _Keys, head_dim: int) -> RopeSpec:
     theta = keys.positive("rope.freq_base", 10_000.0)
     dim = keys.size("rope.dimension_count", head_dim)
+    if ARCHITECTURES[model.metadata["general.architecture"]].permuted and dim != head_dim:
+        raise UnsupportedModelError(
+            f"{model.path}: RoPE over {dim} of {head_dim} dimensions is not supported in an "
+            "architecture whose rows are reordered for it"
+        )
     kind = keys.get("rope.scaling.type") or "none"
     factor = keys.positive("rope.scaling.factor", keys.positive("rope.scale_linear", 1.0))
     if kind == "none" or factor == 1.0:

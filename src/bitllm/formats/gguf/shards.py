@@ -18,6 +18,7 @@ __all__ = ["GgufModel", "find_gguf"]
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _MAX_SHARDS = 4_096
+_IMAGE_ENCODER = "mmproj"  # lies beside models that read images too
 
 
 class GgufModel:
@@ -119,7 +120,8 @@ def find_gguf(path: Path) -> Path | None:
     """
     if path.is_file():
         return path if path.suffix == ".gguf" else None
-    found = sorted(entry for entry in path.glob("*.gguf") if entry.is_file())
+    files = sorted(entry for entry in path.glob("*.gguf") if entry.is_file())
+    found = [entry for entry in files if not entry.name.startswith(_IMAGE_ENCODER)]
     if not found or any(path.glob("*.safetensors")):
         return None
     firsts = [entry for entry in found if _is_first(entry)]

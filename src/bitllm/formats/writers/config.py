@@ -242,6 +242,7 @@ def _check_sayable(spec: ModelSpec) -> None:
         "q/k norms or post-norms": not layer.post_norms
         and not (layer.qk_norm and layer.attn_sub_norm),
         "a sliding window": layer.sliding_window is None,
+        "YaRN's RoPE": layer.rope.scaling != "yarn",
         "RoPE over a part of the head": layer.rope.dim == layer.head_dim,
         "an embedding scale": spec.embedding_scale == 1.0,
         "two norm epsilons": spec.norm_eps == layer.norm_eps,

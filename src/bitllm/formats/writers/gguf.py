@@ -8,6 +8,7 @@ embedding and head keep their dtype.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from typing import Literal
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm.checkpoint import (
+    DTYPE_BYTES,
     Checkpoint,
     LayerSpec,
     LinearSpec,
@@ -129,6 +131,7 @@ def _check_sayable(spec: ModelSpec, layer: LayerSpec) -> None:
             biased and (layer.attn_sub_norm or layer.qk_norm)
         ),
         "a sliding window": layer.sliding_window is None,
+        "YaRN's RoPE": layer.rope.scaling != "yarn",
         "RoPE over a part of the head": layer.rope.dim == layer.head_dim,
         "scaled RoPE beside sub-norms or q/k norms": layer.rope.scaling == "none"
         or not (layer.attn_sub_norm or layer.qk_norm),
@@ -184,15 +187,15 @@ def _dense_tensors(checkpoint: Checkpoint, permuted: bool) -> Iterator[PlannedTe
         if len(shape) == 1:
             yield _vector(checkpoint, name, shape, permuted)
             continue
-        tensor = checkpoint.dense(name)
+        dtype = checkpoint.dense_dtype(name)
 
         def chunks(name: str = name) -> Chunks:
             for band in dense_chunks(checkpoint.dense(name)):
                 yield band
                 checkpoint.release()
 
-        kind = _DTYPES[tensor.dtype]
-        yield PlannedTensor(stored_name(name), kind, shape, tensor.nbytes, name, chunks)
+        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        yield PlannedTensor(stored_name(name), _DTYPES[dtype], shape, nbytes, name, chunks)
     rope = spec.layers[0].rope
     if rope.scaling == "llama3":
         factors = rope_divisors(rope)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm.checkpoint import (
+    DTYPE_BYTES,
     Checkpoint,
     DenseDtype,
     DenseTensor,
@@ -75,7 +76,7 @@ def plan_huggingface(
     scales = {name: checkpoint.scales(name) for name, _ in spec.linear_names()}
     if convention is None:
         convention = _source_convention(scales) or default_convention(spec)
-    dtype = checkpoint.dense("embed").dtype
+    dtype = checkpoint.dense_dtype("embed")
     stored = {name: stored_scale(name, scale, convention) for name, scale in scales.items()}
     names = stored_names(spec)
     tensors = [
@@ -181,21 +182,21 @@ def _dense_tensors(
     Formats that hold every vector in float32 leave no trace of the model's dtype but in its
     embedding; transformers would round all of them to it while loading.
     """
-    dtype = checkpoint.dense("embed").dtype
-    for name in checkpoint.spec.dense_shapes():
-        tensor = checkpoint.dense(name)
+    dtype = checkpoint.dense_dtype("embed")
+    for name, shape in checkpoint.spec.dense_shapes().items():
         linear = name.removesuffix(".bias")
         if linear != name and convention == "multiply":
             # transformers multiplies the bias by the scale too, and so do readers.
-            yield _plan(names[name], name, _unscaled(tensor, scales[linear], dtype))
-        elif texts.config is None and len(tensor.shape) == 1:
-            yield _plan(names[name], name, narrowed(tensor, dtype))
+            bias = _unscaled(checkpoint.dense(name), scales[linear], dtype)
+            yield _plan(names[name], name, bias)
+        elif texts.config is None and len(shape) == 1:
+            yield _plan(names[name], name, narrowed(checkpoint.dense(name), dtype))
         else:
-            yield plan_dense(checkpoint, name, names[name], tensor)
+            yield plan_dense(checkpoint, name, names[name], shape)
 
 
 def plan_dense(
-    checkpoint: Checkpoint, name: str, stored_name: str, tensor: DenseTensor
+    checkpoint: Checkpoint, name: str, stored_name: str, shape: tuple[int, ...]
 ) -> PlannedTensor:
     """Plan a dense tensor as it is, read again when it is written."""
 
@@ -204,9 +205,9 @@ def plan_dense(
             yield band
             checkpoint.release()
 
-    return PlannedTensor(
-        stored_name, STORED_DTYPES[tensor.dtype], tensor.shape, tensor.nbytes, name, chunks
-    )
+    dtype = checkpoint.dense_dtype(name)
+    nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    return PlannedTensor(stored_name, STORED_DTYPES[dtype], shape, nbytes, name, chunks)
 
 
 def _bias_errors(checkpoint: Checkpoint, scales: dict[str, DenseTensor]) -> dict[str, float]:

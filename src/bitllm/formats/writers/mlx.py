@@ -59,7 +59,7 @@ def plan_mlx(
         )
     scales = {name: checkpoint.scales(name) for name, _ in spec.linear_names()}
     group = _group_size(dict(spec.linear_names()), scales)
-    dtype = checkpoint.dense("embed").dtype
+    dtype = checkpoint.dense_dtype("embed")
     scale_dtype = _scale_dtype(scales, dtype)
     dense = [*_dense_tensors(checkpoint, texts, dtype)]
     names = [tensor.name for tensor in dense]
@@ -107,13 +107,11 @@ def _dense_tensors(
     checkpoint: Checkpoint, texts: ModelTexts, dtype: DenseDtype
 ) -> Iterator[PlannedTensor]:
     names = stored_names(checkpoint.spec)
-    for name in checkpoint.spec.dense_shapes():
-        tensor = checkpoint.dense(name)
-        if texts.config is None and len(tensor.shape) == 1:
-            tensor = narrowed(tensor, dtype)
-            yield _small(names[name], name, tensor)
+    for name, shape in checkpoint.spec.dense_shapes().items():
+        if texts.config is None and len(shape) == 1:
+            yield _small(names[name], name, narrowed(checkpoint.dense(name), dtype))
         else:
-            yield plan_dense(checkpoint, name, names[name], tensor)
+            yield plan_dense(checkpoint, name, names[name], shape)
 
 
 def _small(stored_name: str, origin: str, tensor: DenseTensor) -> PlannedTensor:
