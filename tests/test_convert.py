@@ -24,10 +24,20 @@ from bitllm.convert.verify import verify
 from bitllm.engine.loading import open_tokenizer
 from bitllm.errors import CheckpointError, ConfigError, ConversionError, UnsupportedModelError
 from bitllm.formats import open_checkpoint
+from bitllm.formats.writers import write_directory, write_file
 from bitllm.formats.writers.differences import spec_differences
+from bitllm.formats.writers.gguf import plan_gguf
+from bitllm.formats.writers.mlx import plan_mlx
+from bitllm.formats.writers.texts import ModelTexts
 from interrupted import process_to_interrupt
-from model_directories import SUB_NORMS, same_weights, write_huggingface
-from synthetic import MemorySource
+from model_directories import (
+    SUB_NORMS,
+    published,
+    same_weights,
+    sized_spec,
+    write_huggingface,
+)
+from synthetic import MemorySource, random_checkpoint
 
 BITNET = {**SUB_NORMS, "activation": "relu2", "tied_head": True}
 SOURCES: dict[str, dict[str, Any]] = {
@@ -118,6 +128,23 @@ def test_the_way_round_gives_the_same_weights_file(
     back = convert(place, tmp_path / "back", to="huggingface", convention=convention)
     name = "model.safetensors"
     assert (back / name).read_bytes() == (sources[source] / name).read_bytes()
+
+
+@pytest.mark.parametrize("target", ["out.gguf", "out"])
+@pytest.mark.parametrize("bits", [8, None])
+def test_unquantised_activations_are_told(bits: int | None, target: str, tmp_path: Path) -> None:
+    """Llamas with ternary weights alone (TriLM, Bonsai) beside those of BitNet."""
+    original = published(
+        random_checkpoint(sized_spec(101, activation="silu", activation_bits=bits))
+    )
+    if target == "out":
+        write_directory(tmp_path / target, plan_mlx(original, ModelTexts()).files)
+    else:
+        write_file(tmp_path / target, plan_gguf(original, "out", "tq2_0").files[0])
+    found = open_checkpoint(tmp_path / target)
+    assert spec_differences(original.spec, found.spec) == []
+    assert found.spec.layers[1].down.activation_bits == bits
+    same_weights(original, found)
 
 
 def command(*arguments: object) -> Result:

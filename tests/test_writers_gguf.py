@@ -261,6 +261,7 @@ def test_rows_that_are_no_blocks_are_refused(kind: Any, hidden: int, message: st
         ({**LLAMA, "linear_norm_eps": 1e-6}, "own input"),
         ({**LLAMA, "post_norms": True}, "post-norms"),
         ({**LLAMA, "rope_dim": 32}, "part of the head"),
+        ({**LLAMA, "rope_scaling": "yarn", "rope_factor": 4.0}, "YaRN"),
         ({**LLAMA, "query_scale": 0.5}, "query scale"),
         ({**LLAMA, "sliding_window": 8}, "sliding window"),
         ({**LLAMA, "embedding_scale": 2.0}, "embedding scale"),

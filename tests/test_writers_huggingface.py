@@ -258,6 +258,7 @@ def test_vectors_take_the_dtype_of_the_embedding_where_it_holds_them() -> None:
         ({"post_norms": True}, "post-norms"),
         ({"activation_bits": None}, "not int8"),
         ({"query_scale": 0.5}, "query scale"),
+        ({"rope_scaling": "yarn", "rope_factor": 4.0}, "YaRN"),
         ({"hidden_size": 42, "ffn_size": 70}, "multiple of 4"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -100,11 +101,26 @@ def plan_mlx_config(
     """
     fields = _carried(spec, texts, "multiply")
     if fields is None:
-        fields = {**huggingface_config(spec, "multiply", dtype), **texts.token_ids}
-    _check_config(spec, fields, tensors)
+        made = huggingface_config(_with_int8_activations(spec), "multiply", dtype)
+        fields = {**made, **texts.token_ids}
     del fields["quantization_config"]
     fields["quantization"] = {"group_size": group_size, "bits": 2}
-    return _json({**fields, "weight_bits": 1, "input_bits": spec.layers[0].q.activation_bits})
+    fields |= {"weight_bits": 1, "input_bits": spec.layers[0].q.activation_bits}
+    _check_config(spec, fields, tensors)
+    return _json(fields)
+
+
+def _with_int8_activations(spec: ModelSpec) -> ModelSpec:
+    """The same model but for its activations, which MLX's weights say nothing about."""
+
+    def rounded(layer: LayerSpec) -> LayerSpec:
+        linears: dict[str, Any] = {
+            name: dataclasses.replace(layer.linear(name), activation_bits=8)
+            for name in LINEAR_NAMES
+        }
+        return dataclasses.replace(layer, **linears)
+
+    return dataclasses.replace(spec, layers=tuple(map(rounded, spec.layers)))
 
 
 def _json(fields: Mapping[str, Any]) -> bytes:
