@@ -140,6 +140,7 @@ check: install  ## formatting, lint, types, import contracts, generated docs
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
 	$(BIN)/python docs/generate_cli.py --check
 	$(BIN)/python docs/generate_tree.py --check
+	$(BIN)/python docs/generate_formats.py --check
 
 format:  ## rewrite all sources in the project's format
 	$(BIN)/ruff format .
@@ -149,6 +150,7 @@ format:  ## rewrite all sources in the project's format
 docs: install  ## regenerate the pages that are made from the code
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_tree.py
+	$(BIN)/python docs/generate_formats.py
 	$(BIN)/python -m nanobind.stubgen -q -m bitllm._native -o src/bitllm/_native.pyi
 
 clean:  ## remove what was built and cached, .venv excepted

@@ -14,7 +14,7 @@ def _poison(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind in "fc":
         array.fill(np.nan)
     elif array.dtype.kind in "iu":
-        array.view(np.uint8).fill(0xA5)
+        (array if array.ndim else array.reshape(1)).view(np.uint8).fill(0xA5)
     return array
 
 

@@ -61,7 +61,7 @@ def test_the_help_lists_each_verb_with_the_first_line_of_its_own_help() -> None:
     text = invoke("--help").stdout
     context = click.Context(app)
     for name, summary in COMMANDS.items():
-        assert f"  {name:<8}{summary}\n".replace("  ", " ") in text.replace("  ", " ")
+        assert [name, summary] in [line.split(None, 1) for line in text.splitlines()]
         command = app.get_command(context, name)
         assert command is not None
         assert command.help is not None
@@ -104,7 +104,7 @@ def test_version() -> None:
         ("rnu", "did you mean 'bitllm run'?"),
         ("docter", "did you mean 'bitllm doctor'?"),
         ("Tell me a story", 'to continue a prompt: bitllm run "Tell me a story"'),
-        ("zzz", "the commands are run, chat, pull, list, rm, info, bench, doctor"),
+        ("zzz", f"the commands are {', '.join(COMMANDS)}"),
     ],
 )
 def test_a_mistyped_verb_gets_a_suggestion(typed: str, hint: str) -> None:

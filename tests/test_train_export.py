@@ -18,9 +18,10 @@ from bitllm.backends.reference import ReferenceBackend
 from bitllm.checkpoint import RopeSpec
 from bitllm.errors import UnsupportedModelError
 from bitllm.formats import open_checkpoint, read_generation_config
+from bitllm.formats.writers.config import huggingface_config
 from bitllm.tokenizer import load_tokenizer
 from bitllm.train.bitlinear import quantize_weights
-from bitllm.train.export import bitnet_config, export_model, pack_rows
+from bitllm.train.export import export_model
 from bitllm.train.model import TernaryDecoder
 from bitllm.train.recipe import ExportSettings
 from tiny_training import prepare_tiny
@@ -59,12 +60,6 @@ def exported(request, tmp_path_factory):
                 parameter.copy_(parameter.bfloat16())
     export_model(model, folder / "tokenizer.json", folder / "model", ExportSettings())
     return model, folder / "model"
-
-
-def test_the_published_packing():
-    """The example of transformers' packer: 8 rows of one column."""
-    codes = torch.tensor([[1.0], [0], [-1], [-1], [0], [1], [1], [-1]])
-    assert pack_rows(codes).tolist() == [[0x92], [0x21]]
 
 
 def test_codes_and_scales_come_back_equal(exported):
@@ -132,8 +127,6 @@ def test_an_export_replaces_an_older_one_whole(exported, tmp_path):
     target = tmp_path / "model"
     target.mkdir()
     (target / "stale.txt").write_text("old")
-    (tmp_path / "model.tmp").mkdir()
-    (tmp_path / "model.tmp" / "half.txt").write_text("interrupted")
     export_model(model, folder / "tokenizer.json", target, ExportSettings(temperature=0.0))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     assert {path.name for path in target.iterdir()} == {path.name for path in folder.iterdir()}
@@ -159,7 +152,7 @@ def with_linear(spec, **changes):
         (lambda s: with_layer(s, attn_sub_norm=False), "missing norms"),
         (lambda s: with_layer(s, qk_norm=True), "q/k norms"),
         (lambda s: with_layer(s, sliding_window=8), "sliding window"),
-        (lambda s: with_layer(s, rope=RopeSpec(1e4, 8, "linear", 2.0)), "scaled RoPE"),
+        (lambda s: with_layer(s, rope=RopeSpec(1e4, 4)), "a part of the head"),
         (lambda s: with_layer(s, query_scale=1.0), "query scale"),
         (lambda s: with_layer(s, norm_eps=1e-6), "two norm epsilons"),
         (lambda s: with_linear(s, bias=True), "norms or biases"),
@@ -176,7 +169,7 @@ def with_linear(spec, **changes):
 )
 def test_what_the_format_cannot_say_is_refused(exported, change, what):
     with pytest.raises(UnsupportedModelError, match=what):
-        bitnet_config(change(exported[0].spec))
+        huggingface_config(change(exported[0].spec))
 
 
 def test_scales_are_stored_as_bfloat16(exported):

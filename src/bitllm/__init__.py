@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bitllm.errors import CheckpointError as CheckpointError
     from bitllm.errors import ConfigError as ConfigError
     from bitllm.errors import ContextOverflowError as ContextOverflowError
+    from bitllm.errors import ConversionError as ConversionError
     from bitllm.errors import FormatError as FormatError
     from bitllm.errors import InsufficientMemoryError as InsufficientMemoryError
     from bitllm.errors import MeasurementError as MeasurementError
@@ -53,6 +54,7 @@ _HOMES = {
         "CheckpointError",
         "ConfigError",
         "ContextOverflowError",
+        "ConversionError",
         "FormatError",
         "InsufficientMemoryError",
         "MeasurementError",
@@ -78,6 +80,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "ContextOverflowError",
+    "ConversionError",
     "EngineOptions",
     "FormatError",
     "InsufficientMemoryError",

@@ -52,6 +52,7 @@ __all__ = [
     "StridedMatrix",
     "TensorSource",
     "TernaryMatrix",
+    "WeightScales",
 ]
 
 LINEAR_NAMES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -172,6 +173,16 @@ class TernaryMatrix:
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.packed.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class WeightScales:
+    """The scales of a `TernaryMatrix` without its codes; fields as there."""
+
+    scales: npt.NDArray[np.float32]
+    group_size: int | None = None
+    source_scales: DenseTensor | None = None
+    source_convention: ScaleConvention = "multiply"
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,6 +510,10 @@ class MappedSource(ABC):
     def strided(self, name: str) -> StridedMatrix | None:
         """Return a view of the matrix called `name` if it is stored so, else None."""
 
+    def scales(self, name: str) -> WeightScales | None:
+        """Return the scales of the matrix called `name` if they can be had without its codes."""
+        return None
+
     def dense_dtype(self, name: str) -> DenseDtype | None:
         """Return the dtype of the dense tensor called `name`, or None; decodes nothing."""
         tensor = self.dense(name)
@@ -572,6 +587,23 @@ class Checkpoint:
         if matrix is not None:
             self._check_shape(name, matrix.shape, self._linear_shape(name))
         return matrix
+
+    def scales(self, name: str) -> WeightScales:
+        """Return the scales of the ternary matrix called `name`; its codes are read only if needed.
+
+        Raises:
+            MissingTensorError: the checkpoint has no such tensor.
+            TensorShapeError: its shape is not the one the architecture asks for.
+        """
+        source = self.source
+        found = source.scales(name) if isinstance(source, MappedSource) else None
+        if found is not None:
+            return found
+        matrix = self.ternary(name)
+        self.release()
+        return WeightScales(
+            matrix.scales, matrix.group_size, matrix.source_scales, matrix.source_convention
+        )
 
     def release(self) -> None:
         """Drop from memory what was read of mapped files; views of them stay valid."""

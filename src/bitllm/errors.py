@@ -12,6 +12,7 @@
     ├── QuantizationError         values that cannot be quantised, codes that are no ternary codes
     ├── TokenizerError            text to ids, ids to text
     │   └── ChatTemplateError     no chat template, or one that fails
+    ├── ConversionError           a converted model that is not what was to be written
     ├── TrainingError             a training run that cannot go on
     ├── MeasurementError          a benchmark whose output is wrong, or whose figure cannot be
     ├── BackendUnavailableError   a device that is not on this machine, or lacks its library
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextOverflowError",
+    "ConversionError",
     "FormatError",
     "InsufficientMemoryError",
     "MeasurementError",
@@ -104,6 +106,10 @@ class TokenizerError(BitllmError):
 
 class ChatTemplateError(TokenizerError):
     """The model has no chat template, or its template fails on these messages."""
+
+
+class ConversionError(BitllmError):
+    """A converted model that, read back, is not what was to be written."""
 
 
 class TrainingError(BitllmError):

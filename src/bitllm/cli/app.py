@@ -23,6 +23,8 @@ COMMANDS = {
     "list": "List the models in the cache that bitllm can run.",
     "rm": "Remove models from the cache.",
     "info": "Show what a model is and what it needs, without loading it.",
+    "convert": "Write a model in another format, read back and compared.",
+    "quantize": "Study what rounding a dense model to a few bits does to its weights.",
     "bench": "Measure the speed of a model beside what this machine can do.",
     "doctor": "Check this machine: kernels, speed, versions, demo model.",
 }

@@ -12,6 +12,7 @@ from bitllm.config import CHOICES
 
 __all__ = [
     "chosen",
+    "device_option",
     "engine_options",
     "is_verbose",
     "json_option",
@@ -118,6 +119,13 @@ def _go_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+device_option: Decorator[Any] = option(
+    "--device",
+    callback=_leave_to_the_backend,
+    metavar="auto|cpu|reference",
+    help="What computes: native kernels (cpu) or plain NumPy (reference).",
+)
+
 engine_options: Decorator[Any] = _together(
     option(
         "--offline",
@@ -126,12 +134,7 @@ engine_options: Decorator[Any] = _together(
         callback=_go_offline,
         help="Ask nothing of the Hugging Face Hub: only models in the cache.",
     ),
-    option(
-        "--device",
-        callback=_leave_to_the_backend,
-        metavar="auto|cpu|reference",
-        help="What computes: native kernels (cpu) or plain NumPy (reference).",
-    ),
+    device_option,
     option(
         "--threads",
         metavar="N",

@@ -30,6 +30,7 @@ from bitllm.checkpoint import (
     ModelSpec,
     StridedMatrix,
     TernaryMatrix,
+    WeightScales,
 )
 from bitllm.errors import (
     FormatError,
@@ -177,6 +178,17 @@ class _HuggingFaceSource(MappedSource):
             scale, _ = self._stored_scale(projection, np.float32(1))
         self._warn_of_scale(stored, float(scale))
         return StridedMatrix(data, self._linears[name].out_features, scale)
+
+    def scales(self, name: str) -> WeightScales | None:
+        """Return the scale of the matrix called `name` if the file holds it packed, else None."""
+        projection = self._projections.get(name)
+        if projection is None or projection.storage != "packed":
+            return None
+        with self._naming(f"{projection.module}.weight"):
+            scale, stored = self._stored_scale(projection, np.float32(1))
+        return WeightScales(
+            scale, source_scales=stored, source_convention=self._quantization.convention
+        )
 
     def release(self) -> None:
         """Drop from memory what was read of the files."""

@@ -4,6 +4,8 @@ Weights are codes in {-1, 0, +1} times a float32 scale; activations are int8 cod
 float32 factor of their token; the product of the codes is exact in int32.
 """
 
+from bitllm.ternary.baselines import BASELINES, Baseline, reconstruct, round_to_baseline
+from bitllm.ternary.distortion import Distortion
 from bitllm.ternary.packing import pack, unpack
 from bitllm.ternary.quantize import (
     Granularity,
@@ -14,11 +16,16 @@ from bitllm.ternary.quantize import (
 )
 
 __all__ = [
+    "BASELINES",
+    "Baseline",
+    "Distortion",
     "Granularity",
     "dequantize",
     "matmul_int32",
     "pack",
     "quantize_activations",
     "quantize_weights",
+    "reconstruct",
+    "round_to_baseline",
     "unpack",
 ]

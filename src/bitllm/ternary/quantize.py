@@ -15,6 +15,7 @@ from bitllm.errors import QuantizationError
 
 __all__ = [
     "Granularity",
+    "check_weights",
     "dequantize",
     "matmul_int32",
     "quantize_activations",
@@ -51,15 +52,7 @@ def quantize_weights(
     Raises:
         QuantizationError: NaN, infinity, no weights at all, or a contradictory granularity.
     """
-    if weights.ndim != 2 or not weights.size:
-        raise QuantizationError(f"weights must be a matrix [out, in], got shape {weights.shape}")
-    contradiction = (granularity == "group") == (group_size is None)
-    if contradiction or (group_size is not None and group_size < 1):
-        raise QuantizationError(
-            f"granularity {granularity!r} does not go with group_size {group_size}",
-            hint='give a positive group_size with granularity "group", and only there',
-        )
-    values = _as_float32(weights, "weights")
+    values = check_weights(weights, granularity, group_size)
     width = group_size or values.shape[1]
     # The means are taken in float64 so that they do not depend on the order of summation.
     starts = np.arange(0, values.shape[1], width)
@@ -71,6 +64,25 @@ def quantize_weights(
     scales = np.asarray(np.maximum(np.asarray(means, np.float32), _SMALLEST_SCALE), np.float32)
     codes = _round_to_ternary(values, np.asarray(np.float32(1.0) / scales, np.float32), width)
     return codes, scales[:, 0] if granularity == "row" else scales
+
+
+def check_weights(
+    weights: npt.NDArray[np.floating[Any]], granularity: Granularity, group_size: int | None
+) -> npt.NDArray[np.float32]:
+    """Return weights that can be quantised so, as float32 [out, in].
+
+    Raises:
+        QuantizationError: NaN, infinity, no weights at all, or a contradictory granularity.
+    """
+    if weights.ndim != 2 or not weights.size:
+        raise QuantizationError(f"weights must be a matrix [out, in], got shape {weights.shape}")
+    contradiction = (granularity == "group") == (group_size is None)
+    if contradiction or (group_size is not None and group_size < 1):
+        raise QuantizationError(
+            f"granularity {granularity!r} does not go with group_size {group_size}",
+            hint='give a positive group_size with granularity "group", and only there',
+        )
+    return _as_float32(weights, "weights")
 
 
 def _round_to_ternary(

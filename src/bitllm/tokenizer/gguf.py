@@ -24,6 +24,8 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _LONGEST_PIECE = 256  # of SentencePiece vocabularies, in characters
 _MOST_CHARACTERS = 1 << 24  # of all pieces together
 _SPACE = "▁"
+_EMBEDDED = "tokenizer.huggingface.json"
+"""Key under which a file may hold the whole of tokenizer.json, which is then what is used."""
 
 
 class _Metadata:
@@ -112,7 +114,12 @@ def gguf_tokenizer(
             f"{name}: the tokenizer model {kind!r:.40} is not read",
             hint="put the tokenizer.json of the model beside the file",
         )
-    pre = _pre_tokenizer(found, known) if kind == "gpt2" else PreTokenizer(adds_bos=True)
+    embedded = found.text(_EMBEDDED)
+    if backend is None and embedded:
+        backend = _guarded(found, lambda: _from_json(embedded))
+        pre = PreTokenizer(adds_bos=kind == "llama")
+    else:
+        pre = _pre_tokenizer(found, known) if kind == "gpt2" else PreTokenizer(adds_bos=True)
     if backend is None:
         backend = _guarded(found, lambda: (_byte_level if kind == "gpt2" else _pieces)(found, pre))
     template, stops = _repaired_text(found, known)
@@ -195,6 +202,15 @@ def _guarded(found: _Metadata, build: Callable[[], tokenizers.Tokenizer]) -> tok
             f"{found.name}: its tokenizer cannot be built: {str(error)[:300]}",
             hint="the file is damaged; put the tokenizer.json of the model beside it",
         ) from error
+
+
+def _from_json(text: str) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer as Library
+
+    backend = Library.from_str(text)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _vocabulary(found: _Metadata) -> dict[str, int]:

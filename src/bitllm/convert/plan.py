@@ -1,0 +1,128 @@
+"""What a conversion will write and what it loses, known before a byte is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Literal, get_args
+
+from bitllm.checkpoint import Checkpoint, ScaleConvention
+from bitllm.convert.source import directory_texts, gguf_tokenizer
+from bitllm.errors import CheckpointError, ConfigError
+from bitllm.formats import ModelFiles, open_checkpoint, resolve_model
+from bitllm.formats.writers import WritePlan
+from bitllm.formats.writers.gguf import GgufType, plan_gguf
+from bitllm.formats.writers.huggingface import plan_huggingface
+from bitllm.formats.writers.mlx import plan_mlx
+
+__all__ = ["FORMATS", "Conversion", "Format", "guess_format", "plan_conversion"]
+
+Format = Literal["huggingface", "gguf", "mlx"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+"""What can be written."""
+
+_SUFFIX = ".gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A conversion that may be run.
+
+    Attributes:
+        files: where the source is.
+        checkpoint: the source, opened.
+        target: the file or directory to be written.
+        replace: whether it may replace one of that name.
+        plan: what will be written.
+    """
+
+    files: ModelFiles
+    checkpoint: Checkpoint
+    target: Path
+    replace: bool
+    plan: WritePlan
+
+
+def guess_format(target: Path) -> Format:
+    """Return the format that a target's name says: GGUF for `.gguf`, else a Hugging Face folder."""
+    return "gguf" if target.suffix.lower() == _SUFFIX else "huggingface"
+
+
+def plan_conversion(
+    ref: str | PathLike[str] | None,
+    target: str | PathLike[str],
+    *,
+    to: Format | None = None,
+    kind: GgufType | None = None,
+    convention: ScaleConvention | None = None,
+    replace: bool = False,
+) -> Conversion:
+    """Plan a conversion.
+
+    Args:
+        ref: the source, as `bitllm.load` takes it.
+        target: the file or directory to be written.
+        to: its format, None = what its name says.
+        kind: type of the ternary matrices of a GGUF file, None = I2_S.
+        convention: how weight scales of a Hugging Face folder are stored, None = as in the source.
+        replace: whether a file or model folder of that name may be replaced.
+
+    Raises:
+        ConfigError: options that contradict each other.
+        CheckpointError: one of its kinds: the target is in the way, or the source cannot be read,
+            or not be held by the format.
+        ModelNotFoundError: the source names nothing that can be reached.
+        TokenizerError: the source's tokenizer is broken, or GGUF has no metadata for its kind.
+    """
+    goal = Path(target).expanduser()
+    chosen = to or guess_format(goal)
+    _check_options(goal, chosen, kind, convention)
+    files = resolve_model(ref)
+    _check_target(files.path, goal, chosen, replace)
+    checkpoint = open_checkpoint(files.path)
+    if chosen == "gguf":
+        name = goal.name[: -len(_SUFFIX)]
+        tokens, notes = gguf_tokenizer(files.path, checkpoint.spec.vocab_size)
+        plan = plan_gguf(checkpoint, name, kind or "i2_s", tokenizer=tokens, notes=notes)
+    elif chosen == "mlx":
+        plan = plan_mlx(checkpoint, directory_texts(files.path))
+    else:
+        plan = plan_huggingface(checkpoint, directory_texts(files.path), convention=convention)
+    return Conversion(files, checkpoint, goal, replace, plan)
+
+
+def _check_options(
+    target: Path, chosen: Format, kind: GgufType | None, convention: ScaleConvention | None
+) -> None:
+    if (guess_format(target) == "gguf") != (chosen == "gguf"):
+        raise ConfigError(
+            f"{target}: the name does not go with the format {chosen}",
+            hint=f"names of GGUF files end in {_SUFFIX}, and only those",
+        )
+    if kind is not None and chosen != "gguf":
+        raise ConfigError(f"a type ({kind}) is chosen for GGUF files, not for {chosen}")
+    if convention is not None and chosen != "huggingface":
+        raise ConfigError(f"a convention ({convention}) is chosen for huggingface, not {chosen}")
+
+
+def _check_target(source: Path, target: Path, chosen: Format, replace: bool) -> None:
+    """Refuse to write over the source, or over anything that is no model."""
+    place, origin = target.resolve(), source.resolve()
+    if place == origin or place in origin.parents:
+        raise CheckpointError(
+            f"{target} holds the model that is to be converted", hint="choose another name"
+        )
+    if not target.exists() or not replace:
+        return  # the writers refuse a target that exists
+    if chosen == "gguf":
+        replaceable = target.is_file()
+    else:
+        replaceable = target.is_dir() and (
+            (target / "config.json").is_file() or not any(target.iterdir())
+        )
+    if target.is_symlink() or not replaceable:
+        what = "file" if chosen == "gguf" else "model directory"
+        raise CheckpointError(
+            f"{target} is no {what}, so it is not replaced", hint="choose another name"
+        )
