@@ -482,8 +482,8 @@ def test_operations_have_a_row_for_each_size(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_wrong_operation_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "SECONDS", 1e-3)
-    right = ops.ternary_matmul
-    monkeypatch.setattr(ops, "ternary_matmul", lambda *a, **settings: right(*a, **settings) + 1)
+    right = ops.PreparedMatrix.matmul
+    monkeypatch.setattr(ops.PreparedMatrix, "matmul", lambda self, q: right(self, q) + 1)
     with pytest.raises(MeasurementError, match="kernels scalar: an operation of 32 x 32"):
         list(operations.operations("scalar", "2bit", 1, 1, sizes=(32,)))
 

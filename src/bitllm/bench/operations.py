@@ -93,7 +93,7 @@ def operations(
 def _through_ops(isa: str, packing: str, size: int) -> float:
     random = np.random.default_rng(size)
     codes = random.integers(-1, 2, (size, size), np.int8)
-    matrix = ops.prepare(ops.pack(codes), packing=cast(Packing, packing), isa=isa)
+    matrix = ops.prepare(ops.pack(codes), size, packing=cast(Packing, packing), isa=isa)
     x = random.standard_normal(size, np.float32)
     scale = np.float32(0.5)
     q, _ = ops.quantize_activations(x, isa=isa)
