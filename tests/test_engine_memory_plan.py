@@ -224,6 +224,15 @@ def test_scratch_of_layers_that_differ() -> None:
     assert decoder.info.scratch_bytes == wanted.scratch
 
 
+def test_absurd_sizes_do_not_wrap_around() -> None:
+    with pytest.raises(ConfigError, match="max_batch_tokens"):
+        plan(device="cpu", max_batch_tokens=2**61)
+    for absurd in ({"max_batch_tokens": 2**31 - 1}, {"kv_tokens": 2**62}, {"kv_tokens": 2**75}):
+        found = plan(device="cpu", **absurd)
+        assert found.scratch > 10**12
+        assert not found.fits
+
+
 def test_planning_starts_no_threads() -> None:
     before = len(list(Path("/proc/self/task").iterdir()))
     found = plan(device="cpu", threads=61)

@@ -38,6 +38,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 """The values of each option that takes one of a few words."""
 
 _MOST_THREADS = 1024
+_MOST_ROWS = 2**31 - 1  # of a step: they are counted in int32
 # Numbers reach the decoder as float32: these are its largest and its smallest normal number.
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _SMALLEST_FLOAT32 = 2.0**-126
@@ -212,7 +213,7 @@ class EngineOptions:
         _integer(self, "threads", low=1, high=_MOST_THREADS, optional=True)
         for name in ("context", "kv_tokens", "memory_limit"):
             _integer(self, name, low=1, optional=True)
-        _integer(self, "max_batch_tokens", low=1)
+        _integer(self, "max_batch_tokens", low=1, high=_MOST_ROWS)
 
     @classmethod
     def from_options(

@@ -10,6 +10,8 @@ from bitllm.checkpoint import LINEAR_NAMES, DenseDtype, LayerSpec, ModelSpec
 
 __all__ = ["scratch_bytes"]
 
+_MOST_BLOCKS = 2**31 - 1  # their ids are int32; more would not fit into any memory either
+
 
 def scratch_bytes(spec: ModelSpec, options: LoadOptions, head_dtype: DenseDtype) -> int:
     """Return `DecoderInfo.scratch_bytes` of a model before there is a decoder.
@@ -24,12 +26,13 @@ def scratch_bytes(spec: ModelSpec, options: LoadOptions, head_dtype: DenseDtype)
     Returns:
         Bytes. A head that proves unfit for rounding when it is loaded takes less.
     """
+    kv_blocks = -(-(options.kv_tokens or spec.max_context) // KV_BLOCK_SIZE)
     shapes = {_shape(layer) for layer in spec.layers}
     frequencies = {layer.rope.inverse_frequencies().tobytes() for layer in spec.layers}
     return _native.scratch_bytes(
         vocab=spec.vocab_size,
         hidden=spec.hidden_size,
-        kv_blocks=-(-(options.kv_tokens or spec.max_context) // KV_BLOCK_SIZE),
+        kv_blocks=min(kv_blocks, _MOST_BLOCKS),
         threads=options.threads or _native.cpu_info()["physical_cores"],
         max_batch_tokens=options.max_batch_tokens,
         head=options.head,
