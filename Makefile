@@ -21,7 +21,7 @@ CTEST        := ctest --output-on-failure --no-tests=error
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo install test native-test coverage-native test-slow sanitize emulate aarch64 \
-        verify-large check format docs bench clean
+        fuzz verify-large check format docs bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +110,13 @@ test-slow: install sanitize  ## sanitizers, emulated AVX-512, aarch64, slow pyte
 	$(call needs,/usr/include/simde/simde-common.h,libsimde-dev,AVX-512 kernels under SIMDe,emulate)
 	$(call needs,aarch64-linux-gnu-g++,g++-aarch64-linux-gnu qemu-user,aarch64 build under qemu,aarch64)
 	$(BIN)/python -m pytest -m "slow and not large"
+
+FUZZ_SECONDS ?= 300
+
+fuzz: install  ## fuzz the readers of file headers; FUZZ_SECONDS=N for each, inputs kept in build/fuzz
+	$(BIN)/python tests/fuzz/run.py safetensors --seconds $(FUZZ_SECONDS) --corpus build/fuzz/safetensors
+	$(BIN)/python tests/fuzz/run.py gguf --seconds $(FUZZ_SECONDS) --corpus build/fuzz/gguf
+	$(BIN)/python tests/fuzz/run.py config --seconds $(FUZZ_SECONDS) --corpus build/fuzz/config
 
 verify-large: install  ## evidence at 2B size: several GB of disk and memory, figures to stdout
 	$(BIN)/python benchmarks/make_checkpoint.py --shape 2b build/models/2b

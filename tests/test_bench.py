@@ -476,14 +476,19 @@ def test_another_device_is_refused(model: Path) -> None:
 def test_operations_have_a_row_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "SECONDS", 1e-3)
     rows = list(operations.operations("scalar", "base3", 2, 2, sizes=(32, 70)))
-    assert [(row.size, row.threads) for row in rows] == [(32, 2), (70, 2)]
+    assert [(row.size, row.packing, row.threads) for row in rows] == [
+        (32, "base3", 2),
+        (70, "base3", 2),
+    ]
     assert all(row.native > 0 and row.python > 0 for row in rows)
+    (small,) = operations.operations("scalar", "auto", 1, 1, sizes=(32,))
+    assert small.packing == "2bit"
 
 
 def test_a_wrong_operation_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "SECONDS", 1e-3)
-    right = ops.ternary_matmul
-    monkeypatch.setattr(ops, "ternary_matmul", lambda *a, **settings: right(*a, **settings) + 1)
+    right = ops.PreparedMatrix.matmul
+    monkeypatch.setattr(ops.PreparedMatrix, "matmul", lambda self, q: right(self, q) + 1)
     with pytest.raises(MeasurementError, match="kernels scalar: an operation of 32 x 32"):
         list(operations.operations("scalar", "2bit", 1, 1, sizes=(32,)))
 

@@ -199,3 +199,11 @@ def test_small_work_has_its_own_tables(model: Path, monkeypatch: pytest.MonkeyPa
     assert "\n512 x 512 " in result.stdout
     assert "\n1M random " in result.stdout
     assert "\n10M random " in result.stdout
+
+
+def test_more_sequences_than_a_step_has_rows_are_refused_at_once(model: Path) -> None:
+    result = bench("-m", model, "--batch", "1,513", "--no-small")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "batch 513: a step has at most 512 token rows" in result.stderr
+    assert "checking the output" not in result.stderr

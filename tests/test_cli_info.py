@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from bitllm import formats
 from bitllm.cli.app import app
 from bitllm.cli.info import count_parameters, describe_architecture
 from bitllm.cli.terminal import format_count
+from bitllm.formats import inspection
 from cli_model import CONTEXT, FFN, HEADS, HIDDEN, KV_HEADS, LAYERS, write_model
 from synthetic import tiny_spec
 
@@ -188,3 +192,128 @@ def test_counting_parameters_of_an_untied_model() -> None:
 )
 def test_counts_have_three_figures(count: int, text: str) -> None:
     assert format_count(count) == text
+
+
+PROJECTION = "model.layers.1.mlp.down_proj.weight"
+
+
+def altered(directory: Path, name: str, change: Any) -> Path:
+    """Write the model with one tensor changed."""
+    model = write_model(directory)
+    tensors = dict(load_file(model / "model.safetensors"))
+    tensors[name] = change(tensors[name].copy())
+    save_file(tensors, model / "model.safetensors")
+    return model
+
+
+def packed(byte: int, place: tuple[Any, ...] = (Ellipsis,)) -> Any:
+    def change(array: np.ndarray) -> np.ndarray:
+        array[place] = byte
+        return array
+
+    return change
+
+
+def test_nothing_is_unusual_about_a_sound_model(model: Path) -> None:
+    assert facts(model)["oddities"] == []
+    assert facts(model, "--check")["oddities"] == []
+    assert "unusual" not in info(model).stdout
+
+
+def test_an_all_zero_projection(tmp_path: Path) -> None:
+    model = altered(tmp_path / "m", PROJECTION, packed(0b01010101))
+    assert facts(model)["oddities"] == ["layers.1.down: every weight is zero"]
+    assert "unusual: layers.1.down: every weight is zero" in info(model).stdout
+    assert facts(model, "--check")["oddities"] == ["layers.1.down: every weight is zero"]
+
+
+def test_code_three_in_the_sample(tmp_path: Path) -> None:
+    model = altered(tmp_path / "m", PROJECTION, packed(0b11, (0, 5)))
+    assert "code 3" in facts(model)["oddities"][0]
+
+
+def test_code_three_elsewhere_is_found_by_check(tmp_path: Path) -> None:
+    # down_proj has 8 rows of bytes, of which all are sampled; the up projection has 12.
+    name = "model.layers.0.mlp.up_proj.weight"
+    skipped = sorted({*range(12)} - {*np.linspace(0, 11, 8).astype(int).tolist()})[0]
+    model = altered(tmp_path / "m", name, packed(0b11, (skipped, 0)))
+    assert facts(model)["oddities"] == []
+    (told,) = facts(model, "--check")["oddities"]
+    assert "code 3" in told
+    assert "up_proj" in told or "layers.0.up" in told
+
+
+def test_scales_that_look_inverted(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    tensors = dict(load_file(model / "model.safetensors"))
+    for name in tensors:
+        if name.endswith("weight_scale"):
+            tensors[name] = np.full(1, 1 / 0.02, np.float32)
+    save_file(tensors, model / "model.safetensors")
+    (told,) = facts(model)["oddities"]
+    assert told.startswith(f"{7 * LAYERS} of {7 * LAYERS} weight scales look inverted")
+    config = json.loads((model / "config.json").read_text())
+    del config["quantization_config"]["linear_class"]  # now they divide
+    (model / "config.json").write_text(json.dumps(config))
+    assert facts(model)["oddities"] == []
+
+
+def test_a_scale_that_is_no_scale_is_told(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight_scale"
+    model = altered(tmp_path / "m", name, lambda array: array * 0)
+    assert "scale" in facts(model)["oddities"][0]
+
+
+def test_the_scales_of_the_2b_model() -> None:
+    spec = tiny_spec(attn_sub_norm=True, ffn_sub_norm=True, num_layers=30, hidden_size=2560,
+                     ffn_size=6912)  # fmt: skip
+    assert inspection._is_2b(spec)
+    assert not inspection._is_2b(tiny_spec())
+
+
+def test_no_pre_tokenizer(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    fields = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps({**fields, "pre_tokenizer": None}))
+    assert "no pre-tokenizer" in facts(model)["oddities"][0]
+
+
+def test_ends_of_text_that_disagree(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "eos_token_id": 7}))
+    (told,) = facts(model)["oddities"]
+    assert "at 7 only" in told
+    assert "at 257 too" in told
+    (model / "config.json").write_text(json.dumps({**config, "eos_token_id": [257, 9999]}))
+    assert facts(model)["oddities"] == ["the end-of-text token 9999 is not in the vocabulary"]
+
+
+def test_no_end_of_text(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", chat=False)
+    for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
+        fields = json.loads((model / name).read_text())
+        del fields[key]
+        (model / name).write_text(json.dumps(fields))
+    assert facts(model)["oddities"] == [
+        "no token ends a text: an answer goes on until it is as long as allowed"
+    ]
+
+
+def test_the_memory_plan_follows_the_batch(model: Path) -> None:
+    one, many = (facts(model, "--context", "1000", "--batch", n)["memory"] for n in (1, 5))
+    assert many["kv"] == 5 * one["kv"]
+    assert many["context"] == 1000
+    text = info(model, "--context", "1000", "--batch", "5").stdout
+    assert "memory for 5 sequences with a context of 1000 tokens: fits" in text
+
+
+def test_what_a_reader_warns_of_is_unusual(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(path: Path) -> Any:
+        warnings.warn("its pre-tokenizer is missing", stacklevel=2)
+        return opened(path)
+
+    opened = formats.open_checkpoint
+    monkeypatch.setattr(formats, "open_checkpoint", warn)
+    assert facts(model)["oddities"] == ["its pre-tokenizer is missing"]
+    assert info(model).stderr == ""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +20,16 @@ from bitllm.errors import (
     BitllmError,
     CheckpointError,
     ConfigError,
+    FormatError,
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from bitllm.formats import download, resolve_model
 from bitllm.formats import hub as module
-from bitllm.formats import resolve_model
-from fake_hub import FakeHub, serve
+from bitllm.formats.download import check_file
+from bitllm.formats.known_models import KNOWN_MODELS
+from bitllm.formats.references import HubReference, parse_reference
+from fake_hub import FakeHub, git_sha1, serve, use
 
 PLAIN = {
     "config.json": b"{}",
@@ -35,6 +41,14 @@ PLAIN = {
     "onnx/config.json": b"{}",
 }
 SHARDS = {"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors", "c": "x-1.safetensors"}}
+LARGE = bytes(range(256)) * 4096
+
+
+def index_of(shard: str) -> dict[str, bytes]:
+    index = json.dumps({"weight_map": {"a": shard}}).encode()
+    return {"config.json": b"{}", "model.safetensors.index.json": index, "secret.bin": b"s"}
+
+
 REPOS = {
     "org/plain": PLAIN,
     "org/gated": {"config.json": b"{}", "model.safetensors": b"w"},
@@ -45,22 +59,33 @@ REPOS = {
         "x-2.safetensors": b"2",
         "x-3.safetensors": b"not named by the index",
     },
-    "org/gguf": {"model.gguf": b"GGUF"},
+    "org/gguf": {"model.gguf": b"GGUF", "tokenizer.json": b"{}"},
+    "org/ggufs": {
+        "config.json": b"{}",
+        "m-i2_s.gguf": b"GGUF i2_s",
+        "m-i2_s_big.gguf": b"GGUF i2_s_big",
+        "m.TQ2_0.gguf": b"GGUF tq2_0",
+        "sub/m-TQ1_0-00001-of-00002.gguf": b"GGUF one",
+        "sub/m-TQ1_0-00002-of-00002.gguf": b"GGUF two",
+    },
     "org/bin": {"config.json": b"{}", "pytorch_model.bin": b"w"},
+    "org/none": {"config.json": b"{}", "weights.npz": b"w"},
+    "org/words": {"README.md": b"words"},
+    "org/wild": index_of("*"),
+    "org/climbing": index_of("../../x.safetensors"),
+    "org/absolute": index_of("/etc/passwd"),
+    "org/backslash": index_of("..\\x.safetensors"),
+    "org/gone": index_of("gone.safetensors"),
+    "org/large": {"config.json": b"{}", "model.safetensors": LARGE},
+    "microsoft/bitnet-b1.58-2B-4T": {"config.json": b"{}", "model.safetensors": b"2b"},
+    "microsoft/bitnet-b1.58-2B-4T-gguf": {"ggml-model-i2_s.gguf": b"GGUF 2b"},
 }
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     with serve(FakeHub(REPOS, gated=frozenset({"org/gated"}))) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-            hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        )  # fmt: skip
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        use(hub, monkeypatch, tmp_path / "cache")
         monkeypatch.chdir(tmp_path)
         yield hub
 
@@ -86,7 +111,8 @@ class TestLocal:
 
     def test_files_of_other_kinds(self, tmp_path: Path) -> None:
         (tmp_path / "m.gguf").touch()
-        assert resolve_model(tmp_path / "m.gguf").path == tmp_path / "m.gguf"
+        found = resolve_model(tmp_path / "m.gguf")
+        assert (found.path, found.directory) == (tmp_path / "m.gguf", tmp_path)
         (tmp_path / "notes.txt").touch()
         assert "notes.txt" in refusal(str(tmp_path / "notes.txt"))
 
@@ -174,9 +200,10 @@ class TestHub:
         assert len(hub.downloads) == count
 
     def test_the_cache_serves_when_the_hub_is_down(self, hub: FakeHub) -> None:
-        first = resolve_model("org/plain")
+        first, file = resolve_model("org/plain"), resolve_model("org/gguf")
         hub.broken = True
         assert resolve_model("org/plain") == first
+        assert resolve_model("org/gguf") == file
 
     def test_typing_error(self, hub: FakeHub) -> None:
         message = refusal("microsoft/bitnet-b1.58-2B4T")
@@ -194,8 +221,12 @@ class TestHub:
         assert resolve_model("org/gated").path.is_dir()
 
     def test_repositories_of_other_formats(self, hub: FakeHub) -> None:
-        assert "no config.json" in refusal("org/gguf", UnsupportedModelError)
-        assert "no model.safetensors" in refusal("org/bin", UnsupportedModelError)
+        assert "no model.safetensors" in refusal("org/none", UnsupportedModelError)
+        assert "no config.json and no GGUF" in refusal("org/words", UnsupportedModelError)
+        assert "no GGUF" in refusal("org/words:I2_S", UnsupportedModelError)
+
+    def test_pytorch_weights_where_there_are_no_others(self, hub: FakeHub) -> None:
+        assert (resolve_model("org/bin").path / "pytorch_model.bin").read_bytes() == b"w"
 
     def test_offline(self, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
         first = resolve_model("org/plain")
@@ -208,11 +239,39 @@ class TestHub:
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
             huggingface_hub.close_session()
 
+    def test_offline_from_now_on(self, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, file = resolve_model("org/plain"), resolve_model("org/gguf")
+        asked = len(hub.requests)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert resolve_model("org/plain") == first
+        assert resolve_model("org/gguf") == file
+        assert "HF_HUB_OFFLINE" in refusal("org/sharded")
+        assert "bitllm list" in refusal("org/gguf:TQ2_0@v1", ModelNotFoundError)
+        assert len(hub.requests) == asked
+
+    def test_offline_with_a_part_of_a_model(
+        self, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (resolve_model("org/sharded").path / "x-2.safetensors").unlink()
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert "not all of it" in refusal("org/sharded")
+
     def test_no_network(self, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         message = refusal("org/plain")
         assert "cannot be reached" in message
         assert "HF_ENDPOINT" in message
+
+    @pytest.mark.parametrize("repo", ["wild", "climbing", "absolute", "backslash"])
+    def test_an_index_that_leads_elsewhere(self, hub: FakeHub, repo: str) -> None:
+        if repo == "wild":  # a file of that name, and not a pattern for all files
+            assert "lacks a file" in refusal("org/wild")
+        else:
+            assert "which is no file name" in refusal(f"org/{repo}", FormatError)
+        assert not [file for _, file in hub.downloads if not file.endswith(".json")]
+
+    def test_an_index_that_names_what_is_not_there(self, hub: FakeHub) -> None:
+        assert "lacks a file" in refusal("org/gone")
 
     @pytest.mark.parametrize(
         ("code", "words"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "cannot be written")]
@@ -249,6 +308,156 @@ class TestHub:
         path = Path(done.stdout.strip())
         assert path.is_relative_to(tmp_path / "home")
         assert (path / "model.safetensors").read_bytes() == b"w"
+
+
+class TestGguf:
+    def test_the_only_file(self, hub: FakeHub) -> None:
+        found = resolve_model("org/gguf")
+        assert found.name == "org/gguf/model.gguf"
+        assert found.path.read_bytes() == b"GGUF"
+        assert (found.directory / "tokenizer.json").is_file()
+
+    @pytest.mark.parametrize(
+        ("ref", "file"),
+        [
+            ("org/ggufs:I2_S", "m-i2_s.gguf"),
+            ("org/ggufs:i2_s", "m-i2_s.gguf"),
+            ("hf:org/ggufs:TQ2_0@v1", "m.TQ2_0.gguf"),
+            ("org/ggufs/m.TQ2_0.gguf", "m.TQ2_0.gguf"),
+            ("org/ggufs/m.TQ2_0.gguf@main", "m.TQ2_0.gguf"),
+        ],
+    )
+    def test_one_of_several(self, hub: FakeHub, ref: str, file: str) -> None:
+        found = resolve_model(ref)
+        assert found.path.name == file
+        assert found.name == f"org/ggufs/{file}"
+        weights = {path for _, path in hub.downloads if path.endswith(".gguf")}
+        assert weights == {file}
+
+    def test_all_parts_of_a_split_file(self, hub: FakeHub) -> None:
+        found = resolve_model("org/ggufs:TQ1_0")
+        assert found.path.name == "m-TQ1_0-00001-of-00002.gguf"
+        second = found.path.with_name("m-TQ1_0-00002-of-00002.gguf")
+        assert second.read_bytes() == b"GGUF two"
+
+    def test_several_of_which_none_is_named(self, hub: FakeHub) -> None:
+        message = refusal("org/ggufs")
+        assert "4 GGUF files" in message
+        assert "org/ggufs/m-i2_s.gguf" in message
+        assert "no files of kind Q9" in refusal("org/ggufs:Q9")
+        assert not [file for _, file in hub.downloads if file.endswith(".gguf")]
+
+    def test_a_file_that_is_not_there(self, hub: FakeHub) -> None:
+        assert "lacks a file" in refusal("org/ggufs/none.gguf")
+
+
+class TestAliases:
+    def test_they_are_references(self) -> None:
+        for model in KNOWN_MODELS:
+            wanted = HubReference(model.repo, model.file, None, model.revision)
+            assert parse_reference(model.alias) == wanted
+            assert parse_reference(model.alias.upper()) == wanted
+            assert parse_reference(model.reference) == wanted
+        assert len({model.alias for model in KNOWN_MODELS}) == len(KNOWN_MODELS)
+
+    def test_a_short_name(self, hub: FakeHub) -> None:
+        assert resolve_model("2b").name == "microsoft/bitnet-b1.58-2B-4T"
+        assert resolve_model("hf:2B@v1").path == resolve_model("2b").path
+        assert resolve_model("2b-gguf").path.read_bytes() == b"GGUF 2b"
+
+    @pytest.mark.parametrize(
+        ("ref", "meant"), [("falcon-e1b", "falcon-e-1b"), ("2bf16", "2b-bf16")]
+    )
+    def test_typing_errors(self, ref: str, meant: str) -> None:
+        assert f"did you mean {meant}" in refusal(ref)
+
+
+class TestResuming:
+    """A hub that breaks off, sends damaged bytes, or meets a full disk."""
+
+    @pytest.fixture(autouse=True)
+    def _no_pause(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(download, "PAUSE_S", 0.0)
+
+    def part(self, tmp_path: Path) -> Path:
+        return blobs(tmp_path, "org/large") / f"{hashlib.sha256(LARGE).hexdigest()}.incomplete"
+
+    def test_a_broken_connection_is_taken_up_again(self, hub: FakeHub) -> None:
+        hub.cuts = [300_000, 300_000]
+        assert (resolve_model("org/large").path / "model.safetensors").read_bytes() == LARGE
+        assert hub.starts == [0, 300_000, 600_000]
+
+    def test_the_next_command_goes_on(self, hub: FakeHub, tmp_path: Path) -> None:
+        hub.cuts = [300_000] + [0] * download.ATTEMPTS
+        resumed = [300_000] * download.ATTEMPTS
+        message = refusal("org/large")
+        assert f"stopped after 300000 of {len(LARGE)} bytes" in message
+        assert "goes on from there" in message
+        assert self.part(tmp_path).read_bytes() == LARGE[:300_000]
+        assert hub.starts == [0, *resumed]
+        assert (resolve_model("org/large").path / "model.safetensors").read_bytes() == LARGE
+        assert hub.starts == [0, *resumed, 300_000]
+        assert not self.part(tmp_path).exists()
+
+    def test_a_server_without_ranges(self, hub: FakeHub) -> None:
+        hub.cuts, hub.without_ranges = [300_000], True
+        assert (resolve_model("org/large").path / "model.safetensors").read_bytes() == LARGE
+        assert hub.starts == [0, 300_000]
+
+    def test_damaged_bytes_are_not_kept(self, hub: FakeHub, tmp_path: Path) -> None:
+        hub.spoiled = True
+        message = refusal("org/large", CheckpointError)
+        assert "arrived damaged" in message
+        assert "model.safetensors" in message
+        assert {path.name for path in blobs(tmp_path, "org/large").iterdir()} == {git_sha1(b"{}")}
+        hub.spoiled = False
+        assert (resolve_model("org/large").path / "model.safetensors").read_bytes() == LARGE
+
+    def test_a_part_that_is_longer_than_the_file(self, hub: FakeHub, tmp_path: Path) -> None:
+        self.part(tmp_path).parent.mkdir(parents=True)
+        self.part(tmp_path).write_bytes(LARGE + b"x")
+        assert (resolve_model("org/large").path / "model.safetensors").read_bytes() == LARGE
+
+    def test_a_part_of_something_else_is_found_by_its_checksum(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        self.part(tmp_path).parent.mkdir(parents=True)
+        self.part(tmp_path).write_bytes(b"x" * 1000)
+        assert "arrived damaged" in refusal("org/large", CheckpointError)
+        assert not self.part(tmp_path).exists()
+
+    def test_a_full_disk(self, hub: FakeHub, tmp_path: Path) -> None:
+        self.part(tmp_path).parent.mkdir(parents=True)
+        self.part(tmp_path).symlink_to("/dev/full")
+        message = refusal("org/large", CheckpointError)
+        assert "no space left" in message
+        assert "goes on from there" in message
+
+    def test_a_disk_that_is_too_small(
+        self, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.part(tmp_path).parent.mkdir(parents=True)
+        self.part(tmp_path).write_bytes(LARGE[:1000])
+        monkeypatch.setattr(download.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=9))
+        message = refusal("org/large", CheckpointError)
+        assert f"needs {len(LARGE) - 1000} more bytes, the disk of the cache has 9" in message
+        assert not hub.starts
+        assert self.part(tmp_path).stat().st_size == 1000
+
+    def test_checksums_of_what_is_in_the_cache(self, hub: FakeHub, tmp_path: Path) -> None:
+        path = resolve_model("org/large").path
+        assert check_file(path / "model.safetensors") is True
+        assert check_file(path / "config.json") is True
+        (path / "model.safetensors").resolve().write_bytes(LARGE[:-1])
+        (path / "config.json").resolve().write_bytes(b"[]")
+        assert check_file(path / "model.safetensors") is False
+        assert check_file(path / "config.json") is False
+        (tmp_path / "plain").write_bytes(b"x")
+        assert check_file(tmp_path / "plain") is None
+
+
+def blobs(tmp_path: Path, repo: str) -> Path:
+    return tmp_path / "cache" / f"models--{repo.replace('/', '--')}" / "blobs"
 
 
 class TestDemo:

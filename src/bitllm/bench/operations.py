@@ -7,19 +7,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
 import bitllm
 from bitllm import ops, ternary
 from bitllm.backends.base import LoadOptions
-from bitllm.backends.cpu import CpuBackend, quantized_operations
+from bitllm.backends.cpu import CpuBackend, choose_packing, cpu_info, quantized_operations
 from bitllm.backends.sizes import Packing
 from bitllm.bench.gate import CONTEXT, SEQUENCES, evidence, reference_evidence, require_equal
 from bitllm.bench.model import Workbench
 from bitllm.bench.random_model import SHAPES, write_checkpoint
 from bitllm.bench.timing import Spread, seconds
+from bitllm.config import PackingName
 from bitllm.errors import MeasurementError
 from bitllm.formats import open_checkpoint
 
@@ -37,6 +37,7 @@ class OperationRow:
 
     Attributes:
         size: rows and columns of the matrix.
+        packing: how it is held.
         threads: that do operations of their own at the same time.
         native: a second, in a loop of native code on all threads.
         native_spread: (max - min) / median of its runs.
@@ -45,6 +46,7 @@ class OperationRow:
     """
 
     size: int
+    packing: str
     threads: int
     native: float
     native_spread: float
@@ -74,10 +76,17 @@ class LatencyRow:
 
 
 def operations(
-    isa: str, packing: str, threads: int, repeats: int, sizes: Sequence[int] = SIZES
+    isa: str, asked: PackingName, threads: int, repeats: int, sizes: Sequence[int] = SIZES
 ) -> Iterator[OperationRow]:
-    """Measure quantised operations."""
+    """Measure quantised operations; "auto" is the packing for a matrix of that size alone."""
     for size in sizes:
+        packing = choose_packing(
+            asked,
+            cpu=cpu_info()["name"],
+            isa=isa,
+            threads=threads,
+            ternary_bytes=size * size // 4,
+        ).name
         native = Spread.of(
             [
                 quantized_operations(isa, packing, threads, size, size, SECONDS)
@@ -86,14 +95,14 @@ def operations(
         )
         python = Spread.of([_through_ops(isa, packing, size) for _ in range(repeats)])
         yield OperationRow(
-            size, threads, native.median, native.spread, python.median, python.spread
+            size, packing, threads, native.median, native.spread, python.median, python.spread
         )
 
 
-def _through_ops(isa: str, packing: str, size: int) -> float:
+def _through_ops(isa: str, packing: Packing, size: int) -> float:
     random = np.random.default_rng(size)
     codes = random.integers(-1, 2, (size, size), np.int8)
-    matrix = ops.prepare(ops.pack(codes), packing=cast(Packing, packing), isa=isa)
+    matrix = ops.prepare(ops.pack(codes), size, packing=packing, isa=isa)
     x = random.standard_normal(size, np.float32)
     scale = np.float32(0.5)
     q, _ = ops.quantize_activations(x, isa=isa)

@@ -45,10 +45,11 @@ def report_lines(result: BenchResult) -> Iterator[str]:
         yield ""
         yield "quantised operations a second: quantise, ternary mat-vec, rescale"
         yield from table(
-            ("size", f"native x{result.threads}", "spread", "bitllm.ops", "spread"),
+            ("size", "packing", f"native x{result.threads}", "spread", "bitllm.ops", "spread"),
             [
                 (
                     f"{row.size} x {row.size}",
+                    row.packing,
                     f"{row.native:,.0f}",
                     _percent(row.native_spread),
                     f"{row.python:,.0f}",

@@ -155,7 +155,7 @@ def run_bench(
     latency: list[LatencyRow] = []
     if settings.small:
         say("quantised operations")
-        single += operations(info.kernel, packing, info.threads, settings.repeats)
+        single += operations(info.kernel, settings.engine.packing, info.threads, settings.repeats)
         latency += latencies(settings.engine.threads, settings.engine.isa, settings.repeats, say)
     return BenchResult(
         machine=describe(),
@@ -204,6 +204,13 @@ class _Work:
             raise ConfigError(
                 f"{longest} tokens are more than the context of {room} tokens",
                 hint="measure shorter prompts (-p), fewer tokens (-n) or smaller depths",
+            )
+        rows = settings.engine.max_batch_tokens
+        if max(settings.batches) > rows:
+            raise ConfigError(
+                f"batch {max(settings.batches)}: a step has at most {rows} token rows "
+                "(max_batch_tokens), and each sequence takes one",
+                hint=f"measure at most {rows} sequences side by side",
             )
         return _Work(prompts, depths, settings.batches, settings.generate)
 

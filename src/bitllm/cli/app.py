@@ -19,6 +19,9 @@ __all__ = ["COMMANDS", "CommandGroup", "app"]
 COMMANDS = {
     "run": "Continue a prompt and print the text.",
     "chat": "Talk with a model.",
+    "pull": "Fetch a model from the Hugging Face Hub.",
+    "list": "List the models in the cache that bitllm can run.",
+    "rm": "Remove models from the cache.",
     "info": "Show what a model is and what it needs, without loading it.",
     "convert": "Write a model in another format, read back and compared.",
     "quantize": "Study what rounding a dense model to a few bits does to its weights.",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bitllm.cli.model import split_options
+from bitllm.cli.oddities import find_oddities
 from bitllm.cli.options import engine_options, json_option, option, verbose_option
 from bitllm.cli.terminal import emit, emit_json, format_count
 from bitllm.errors import TokenizerError
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from bitllm.checkpoint import LayerSpec, ModelSpec
     from bitllm.config import EngineOptions
     from bitllm.formats import ModelFiles
+    from bitllm.tokenizer import Tokenizer
 
 __all__ = ["info"]
 
@@ -27,41 +31,76 @@ __all__ = ["info"]
 @click.command()
 @click.argument("ref", required=False, envvar="BITLLM_MODEL")
 @engine_options
+@option(
+    "--batch",
+    metavar="N",
+    type=click.IntRange(min=1, max=100_000),
+    default=1,
+    help="Sequences side by side that the memory is planned for. Default: 1.",
+)
+@option("--check", is_flag=True, help="Look for what is unusual in all weights, not in a sample.")
 @option("--tensors", is_flag=True, help="List every tensor of the files.")
 @json_option
 @verbose_option
-def info(ref: str | None, tensors: bool, as_json: bool, **options: Any) -> None:
+def info(
+    ref: str | None, batch: int, check: bool, tensors: bool, as_json: bool, **options: Any
+) -> None:
     """Show what a model is and what it needs, without loading it.
 
-    REF is a directory, a GGUF or other file, or org/name[@revision] on the Hugging Face Hub, which
-    is downloaded if it is not in the cache; without REF, BITLLM_MODEL, or else the demo model
-    inside bitllm.
+    REF is a directory or file, a short name (`bitllm list --known`), or org/name[@revision] on the
+    Hugging Face Hub, which is downloaded if it is not in the cache; without REF, BITLLM_MODEL, or
+    else the demo model inside bitllm.
 
     \b
     bitllm info microsoft/bitnet-b1.58-2B-4T
-    bitllm info ./my-model --context 2048 --json
+    bitllm info ./my-model --context 2048 --batch 8 --json
     """  # noqa: D301
     from bitllm.backends import choose_device
     from bitllm.config import EngineOptions
-    from bitllm.engine.memory_plan import plan_memory
+    from bitllm.engine.memory_plan import context_length, plan_memory
     from bitllm.formats import open_checkpoint, resolve_model
+    from bitllm.formats.inspection import stored_tensors
 
     settings = EngineOptions.from_options(split_options(options)[0])
     device = choose_device(settings.device)
     files = resolve_model(ref)
-    checkpoint = open_checkpoint(files.path)
+    # What readers warn of belongs to what is unusual, and is told there.
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        checkpoint = open_checkpoint(files.path)
+        tokenizer = _load_tokenizer(files)
+    if batch > 1:
+        tokens = batch * _whole_blocks(context_length(checkpoint.spec, settings))
+        settings = dataclasses.replace(settings, kv_tokens=tokens)
     plan = plan_memory(checkpoint, settings)
-    stored = list(_stored_tensors(files))
+    stored = [
+        {**dataclasses.asdict(tensor), "shape": [*tensor.shape]}
+        for tensor in stored_tensors(files.path)
+    ]
     facts: dict[str, Any] = {
         "model": {"name": files.name, "path": str(files.path), "origin": files.origin},
         "architecture": describe_architecture(checkpoint.spec),
         "parameters": count_parameters(checkpoint.spec),
-        "text": _describe_text(files),
+        "text": _describe_text(files, tokenizer),
         "files": [
             {"name": path.name, "bytes": path.stat().st_size} for path in _model_files(files)
         ],
         "types": _by_type(stored),
-        "memory": {**dataclasses.asdict(plan), "total": plan.total, "fits": plan.fits},
+        "oddities": [
+            *dict.fromkeys(str(warning.message) for warning in told),
+            *find_oddities(
+                files,
+                checkpoint,
+                None if isinstance(tokenizer, TokenizerError) else tokenizer,
+                thorough=check,
+            ),
+        ],
+        "memory": {
+            **dataclasses.asdict(plan),
+            "batch": batch,
+            "total": plan.total,
+            "fits": plan.fits,
+        },
         "device": dataclasses.asdict(device),
         "packing": _packing(checkpoint.spec, settings) if device.name == "cpu" else None,
     }
@@ -108,17 +147,31 @@ def count_parameters(spec: ModelSpec) -> dict[str, int]:
     return {"ternary": ternary, "dense": dense, "total": ternary + dense}
 
 
-def _describe_text(files: ModelFiles) -> dict[str, Any]:
-    """Return what is known of tokenizer and generation; a broken tokenizer is told, not raised."""
-    from bitllm.engine.loading import model_defaults, open_tokenizer
+def _whole_blocks(tokens: int) -> int:
+    from bitllm.backends.base import KV_BLOCK_SIZE
+
+    return -(-tokens // KV_BLOCK_SIZE) * KV_BLOCK_SIZE
+
+
+def _load_tokenizer(files: ModelFiles) -> Tokenizer | TokenizerError:
+    """Load the tokenizer; a broken one is told, not raised."""
+    from bitllm.engine.loading import open_tokenizer
+
+    try:
+        return open_tokenizer(files.path)
+    except TokenizerError as error:
+        return error
+
+
+def _describe_text(files: ModelFiles, tokenizer: Tokenizer | TokenizerError) -> dict[str, Any]:
+    """Return what is known of tokenizer and generation."""
+    from bitllm.engine.loading import model_defaults
     from bitllm.engine.request import describe_defaults
     from bitllm.formats import read_generation_config
 
     suggested = read_generation_config(files.path)
-    try:
-        tokenizer = open_tokenizer(files.path)
-    except TokenizerError as error:
-        return {"error": error.message}
+    if isinstance(tokenizer, TokenizerError):
+        return {"error": tokenizer.message}
     defaults = model_defaults(suggested, tokenizer.stop_ids)
     return {
         "tokens": tokenizer.vocab_size,
@@ -155,24 +208,6 @@ def _model_files(files: ModelFiles) -> list[Path]:
     if files.path.is_file():
         return [file.path for file in GgufModel(files.path).files]
     return sorted(path for path in files.path.iterdir() if path.is_file())
-
-
-def _stored_tensors(files: ModelFiles) -> Iterator[dict[str, Any]]:
-    """Yield name, dtype, shape and bytes of each tensor in the weight files."""
-    from bitllm.formats.gguf import GgufModel, find_gguf
-    from bitllm.formats.safetensors import SafetensorsFile
-
-    gguf = find_gguf(files.path)
-    if gguf is not None:
-        for tensor in GgufModel(gguf).tensors.values():
-            size, shape = tensor.stop - tensor.start, list(tensor.shape)
-            yield {"name": tensor.name, "dtype": tensor.type.name, "shape": shape, "bytes": size}
-        return
-    for path in sorted(files.path.glob("model*.safetensors")):
-        for name, entry in SafetensorsFile(path).entries.items():
-            size = entry.stop - entry.start
-            shape = list(entry.shape)
-            yield {"name": name, "dtype": entry.dtype, "shape": shape, "bytes": size}
 
 
 def _by_type(stored: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -212,8 +247,13 @@ def _lines(facts: Mapping[str, Any], memory_table: str) -> Iterator[str]:
         size = format_bytes(tensor["bytes"])
         yield f"  {tensor['name']:<56} {tensor['dtype']:<9} {shape:>16}  {size:>9}"
     yield ""
+    for odd in facts["oddities"]:
+        yield f"unusual: {odd}"
+    if facts["oddities"]:
+        yield ""
     verdict = "fits" if memory["fits"] else "does not fit"
-    yield f"memory for a context of {memory['context']} tokens: {verdict}"
+    several = f"{memory['batch']} sequences with " if memory["batch"] > 1 else ""
+    yield f"memory for {several}a context of {memory['context']} tokens: {verdict}"
     yield memory_table
 
 

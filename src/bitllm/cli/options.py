@@ -99,7 +99,8 @@ model_option: Decorator[Any] = option(
     "-m",
     "--model",
     metavar="REF",
-    help="A directory or file, or org/name[@revision] on the Hugging Face Hub."
+    help="A directory, a GGUF file, a short name such as 2b, or org/name[@revision] on the"
+    " Hugging Face Hub."
     " Default: the demo model inside bitllm.",
 )
 
@@ -112,6 +113,12 @@ def _leave_to_the_backend(
     return None if source is click.core.ParameterSource.ENVIRONMENT else value
 
 
+def _go_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        # The variable of the Hub's client: for everything that runs in this process.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 device_option: Decorator[Any] = option(
     "--device",
     callback=_leave_to_the_backend,
@@ -120,6 +127,13 @@ device_option: Decorator[Any] = option(
 )
 
 engine_options: Decorator[Any] = _together(
+    option(
+        "--offline",
+        is_flag=True,
+        expose_value=False,
+        callback=_go_offline,
+        help="Ask nothing of the Hugging Face Hub: only models in the cache.",
+    ),
     device_option,
     option(
         "--threads",

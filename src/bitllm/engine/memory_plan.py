@@ -224,8 +224,8 @@ def _scratch_bytes(
         head=options.head,
         max_batch_tokens=options.max_batch_tokens,
     )
-    head = checkpoint.dense("embed" if spec.tied_head else "head")
-    return scratch_bytes(spec, wanted, head.dtype)
+    head = checkpoint.dense_dtype("embed" if spec.tied_head else "head")
+    return scratch_bytes(spec, wanted, head)
 
 
 def _estimated_scratch(spec: ModelSpec, rows: int) -> int:

@@ -1,8 +1,9 @@
-"""From a model reference to a directory: a local path, a model of the Hugging Face Hub, or nothing.
+"""From a model reference to its files: a local path, a model of the Hugging Face Hub, or nothing.
 
-A reference is, in this order: an existing local path; `org/name`, `org/name@revision`, either with
-`hf:` before it; None, the embedded demo model. The Hub is reached through huggingface_hub, which
-is imported only then: its cache and its HF_* variables hold.
+A reference is, in this order: an existing local path; a name on the Hub
+(`bitllm.formats.references`), with `hf:` before it to mean nothing else; None, the embedded demo
+model. The Hub is reached through huggingface_hub, which is imported only then: its cache and its
+HF_* variables hold.
 """
 
 from __future__ import annotations
@@ -11,39 +12,26 @@ import difflib
 import errno
 import importlib.resources
 import os
-import re
-import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 from bitllm.errors import (
-    BitllmError,
     CheckpointError,
     ConfigError,
+    FormatError,
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from bitllm.formats.download import fetch_blob
+from bitllm.formats.gguf_names import gguf_names, gguf_parts, is_of_kind
+from bitllm.formats.hub_errors import explained, is_offline, unreachable
 from bitllm.formats.json_file import read_json_object
+from bitllm.formats.known_models import KNOWN_MODELS, near_names
+from bitllm.formats.references import HubReference, parse_reference
 
 __all__ = ["KNOWN_MODELS", "ModelFiles", "resolve_model"]
-
-KNOWN_MODELS = (
-    "microsoft/bitnet-b1.58-2B-4T",
-    "microsoft/bitnet-b1.58-2B-4T-bf16",
-    "HF1BitLLM/Llama3-8B-1.58-100B-tokens",
-    "tiiuae/Falcon3-1B-Instruct-1.58bit",
-    "tiiuae/Falcon3-3B-Instruct-1.58bit",
-    "tiiuae/Falcon3-7B-Instruct-1.58bit",
-    "tiiuae/Falcon3-10B-Instruct-1.58bit",
-    "tiiuae/Falcon-E-1B-Instruct",
-    "tiiuae/Falcon-E-3B-Instruct",
-    "1bitLLM/bitnet_b1_58-large",
-    "1bitLLM/bitnet_b1_58-3B",
-)
-"""Published models in a supported format, to suggest after a typing error."""
 
 _SMALL_FILES = [
     "config.json",
@@ -54,14 +42,13 @@ _SMALL_FILES = [
     "chat_template.jinja",
     "chat_template.json",
     "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "1_Pooling/config.json",
 ]
-_MODEL_FILES = frozenset({*_SMALL_FILES, "model.safetensors"})
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-
-_HUB_REFERENCE = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII
-)
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_MODEL_FILES = frozenset({*_SMALL_FILES, *_SINGLE_FILES})
+_MOST_SHARDS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +57,8 @@ class ModelFiles:
 
     Attributes:
         path: the directory, or the GGUF file.
-        name: what to call the model: `org/name`, or the directory's name.
+        name: what to call the model: the reference on the Hub, or the name of the file or
+            directory.
         origin: where it came from, for people to read.
         is_demo: it is the embedded demo model.
     """
@@ -80,6 +68,11 @@ class ModelFiles:
     origin: str
     is_demo: bool = False
 
+    @property
+    def directory(self) -> Path:
+        """The directory that the files lie in."""
+        return self.path.parent if self.path.suffix == ".gguf" else self.path
+
 
 def resolve_model(
     ref: str | PathLike[str] | None = None, *, revision: str | None = None
@@ -87,13 +80,14 @@ def resolve_model(
     """Find the files of a model, downloading those that are needed and not in the cache.
 
     Args:
-        ref: a model directory or a file in it, a GGUF file, `[hf:]org/name[@revision]`, or None.
+        ref: a model directory or a file in it, a name on the Hub as in
+            `bitllm.formats.references`, or None.
         revision: branch, tag or commit on the Hub; instead of `@revision`.
 
     Raises:
         ModelNotFoundError: nothing is there under this reference, or it cannot be reached.
         UnsupportedModelError: a repository or a file of a format that is not read.
-        CheckpointError: the files cannot be written to the cache.
+        CheckpointError: the files cannot be written to the cache, or arrived damaged.
         ConfigError: a revision is given twice, or for something that is not on the Hub.
     """
     if ref is None:
@@ -105,12 +99,10 @@ def resolve_model(
     if local is not None:
         _refuse_revision(revision, f"the local path {text!r}")
         return _local_model(local)
-    match = _HUB_REFERENCE.fullmatch(text.removeprefix("hf:"))
-    if match is None or (not forced and _looks_like_path(text)):
+    found = parse_reference(text) if forced or not _looks_like_path(text) else None
+    if found is None:
         raise ModelNotFoundError(f"there is no model {text!r:.200}", hint=_suggest(text))
-    if revision is not None and match["revision"] is not None:
-        raise ConfigError(f"two revisions: {text!r} and {revision!r}", hint="give one of them")
-    return _hub_model(match["repo"], revision or match["revision"])
+    return _hub_model(found.at(revision))
 
 
 def _existing(text: str) -> Path | None:
@@ -118,7 +110,7 @@ def _existing(text: str) -> Path | None:
     try:
         path = Path(text).expanduser()
         return path if text and path.exists() else None
-    except RuntimeError:  # ~user, and there is no such user
+    except (RuntimeError, ValueError):  # ~user, and there is no such user; a NUL character
         return None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -133,42 +125,43 @@ def _refuse_revision(revision: str | None, what: str) -> None:
 
 def _demo_model() -> ModelFiles:
     path = Path(str(importlib.resources.files("bitllm") / "demo"))
-    if not (path / _SINGLE_FILE).is_file():
+    if not (path / _SINGLE_FILES[0]).is_file():
         raise ModelNotFoundError(
             "this installation has no embedded demo model",
-            hint=f"name a model, for example {KNOWN_MODELS[0]}",
+            hint=f"name a model, for example {KNOWN_MODELS[0].repo}",
         )
     return ModelFiles(path, "demo", "embedded in bitllm", is_demo=True)
 
 
 def _local_model(path: Path) -> ModelFiles:
-    directory = path
-    if path.is_file():
-        if path.suffix == ".gguf":
-            # Not resolved: in a cache of downloads the file may be a link to a nameless one.
-            return ModelFiles(path.absolute(), path.stem, str(path.absolute()))
-        directory = path.parent
-        if path.name not in _MODEL_FILES and path.suffix != ".safetensors":
-            raise ModelNotFoundError(
-                f"{path} is not a file of a model",
-                hint="name the directory with config.json and model.safetensors, or a GGUF file",
-            )
-    directory = directory.resolve()
-    return ModelFiles(directory, directory.name, str(directory))
+    if path.is_dir() or path.suffix == ".gguf":
+        # A file is not resolved: in a cache of downloads it is a link to a nameless one.
+        found = path.resolve() if path.is_dir() else path.absolute()
+        return ModelFiles(found, found.name.removesuffix(".gguf"), str(found))
+    if path.name not in _MODEL_FILES and path.suffix not in (".safetensors", ".bin"):
+        raise ModelNotFoundError(
+            f"{path} is not a file of a model",
+            hint="name the directory that holds config.json and model.safetensors, or a GGUF file",
+        )
+    return _local_model(path.parent)
 
 
 def _looks_like_path(text: str) -> bool:
-    return text.startswith((".", "~", "/")) or text.endswith((".safetensors", ".gguf", ".json"))
+    """Whether `text` cannot be meant for the Hub, though its form allows it."""
+    named_file = text.endswith((".safetensors", ".json")) or (
+        text.endswith(".gguf") and text.count("/") < 2
+    )
+    return text.startswith((".", "~", "/")) or named_file
 
 
 def _suggest(text: str) -> str:
     """Say what might have been meant: a neighbour on disk, or a well-known model."""
-    near = _near_paths(text) or _near_models(text)
+    near = _near_paths(text) or near_names(text.removeprefix("hf:").partition("@")[0])
     if near:
         return f"did you mean {' or '.join(near)}?"
     return (
-        "give a model directory, or org/name on the Hugging Face Hub, "
-        f"for example {KNOWN_MODELS[0]}"
+        "give a model directory, a short name such as 2b, or org/name on the Hugging Face Hub, "
+        f"for example {KNOWN_MODELS[0].repo}"
     )
 
 
@@ -183,134 +176,142 @@ def _near_paths(text: str) -> list[str]:
     ]
 
 
-def _near_models(text: str) -> list[str]:
-    wanted = text.removeprefix("hf:").partition("@")[0].lower()
-    whole = {name.lower(): name for name in KNOWN_MODELS}
-    short = {name.lower().partition("/")[2]: name for name in KNOWN_MODELS}
-    found = difflib.get_close_matches(wanted, whole, 2, 0.8)
-    found += difflib.get_close_matches(wanted.rpartition("/")[2], short, 2, 0.7)
-    return list(dict.fromkeys((whole | short)[name] for name in found))[:2]
-
-
-def _hub_model(repo: str, revision: str | None) -> ModelFiles:
-    first = _download(repo, revision, _SMALL_FILES)
+def _hub_model(ref: HubReference) -> ModelFiles:
+    snapshot = _fetch_small_files(ref)
     # The directory is named after the commit: the weights come from the same one.
-    commit = first.name
-    if not (first / "config.json").is_file():
-        raise UnsupportedModelError(
-            f"{repo} has no config.json: it is not a transformers model",
-            hint="GGUF repositories are not supported yet; use the safetensors version",
-        )
-    index = first / _INDEX_FILE
-    path = _download(repo, commit, _shard_names(index) if index.is_file() else [_SINGLE_FILE])
-    if not index.is_file() and not (path / _SINGLE_FILE).is_file():
-        raise UnsupportedModelError(
-            f"{repo} has no {_SINGLE_FILE}",
-            hint="bitllm reads safetensors; look for another revision or a converted repository",
-        )
-    return ModelFiles(path, repo, f"{repo}@{commit[:12]} from the Hugging Face Hub")
+    commit = snapshot.name
+    origin = f"{ref.repo}@{commit[:12]} from the Hugging Face Hub"
+    if ref.file is None and ref.kind is None:
+        weights = _safetensors_names(ref, snapshot)
+        if weights:
+            _fetch_weights(ref, snapshot, weights)
+            return ModelFiles(snapshot, ref.repo, origin)
+    file = ref.file or _choose_gguf(ref, snapshot)
+    _fetch_weights(ref, snapshot, gguf_parts(file))
+    return ModelFiles(snapshot / file, f"{ref.repo}/{file}", origin)
 
 
-def _shard_names(index: Path) -> list[str]:
-    weight_map = read_json_object(index).get("weight_map")
-    shards = weight_map.values() if isinstance(weight_map, dict) else []
-    return sorted({shard for shard in shards if isinstance(shard, str)})
-
-
-def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    """Fetch the files that match `patterns`; return the directory of the revision in the cache."""
+def _fetch_small_files(ref: HubReference) -> Path:
+    """Fetch everything but weights; return the directory of the revision in the cache."""
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils.tqdm import tqdm
     except ImportError as error:
         raise ModelNotFoundError(
-            f"{repo} is not a local path, and huggingface_hub is not installed",
+            f"{ref.repo} is not a local path, and huggingface_hub is not installed",
             hint="pip install huggingface_hub, or name a local directory",
         ) from error
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class TerminalBar(tqdm):
-        """A progress bar for people, not for log files."""
+    class NoBar(tqdm):
+        """These files are small: no bar."""
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            hidden = kwargs.get("disable") or not sys.stderr.isatty()
-            super().__init__(*args, **{**kwargs, "disable": hidden})  # type: ignore[no-untyped-call]
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
     def download() -> str:
         return snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, tqdm_class=TerminalBar
+            ref.repo,
+            revision=ref.revision,
+            allow_patterns=_SMALL_FILES,
+            tqdm_class=NoBar,
+            local_files_only=is_offline(),
         )
 
-    return Path(_explained(repo, revision, download))
+    return Path(explained(ref.repo, ref.revision, download))
 
 
-def _explained(repo: str, revision: str | None, download: Callable[[], Any]) -> Any:
-    """Run a download; turn what huggingface_hub raises into errors that say the way out."""
-    from huggingface_hub import errors
+def _safetensors_names(ref: HubReference, snapshot: Path) -> list[str]:
+    """Return the weight files of a transformers model; none if the repository holds GGUF only."""
+    if not (snapshot / "config.json").is_file():
+        return []
+    for index in (snapshot / name for name in _INDEX_FILES):
+        if index.is_file():
+            return _shard_names(index)
+    if (snapshot / _SINGLE_FILES[0]).is_file():
+        return [_SINGLE_FILES[0]]
+    names = _file_names(ref, snapshot)
+    weights = [name for name in _SINGLE_FILES if name in names]
+    if not weights and not gguf_names(names):
+        raise UnsupportedModelError(
+            f"{ref.repo} has no {_SINGLE_FILES[0]}",
+            hint="bitllm reads safetensors and GGUF; look for another revision or a converted "
+            "repository",
+        )
+    return weights[:1]
+
+
+def _shard_names(index: Path) -> list[str]:
+    """Return the files that an index names; each lies beside it."""
+    weight_map = read_json_object(index).get("weight_map")
+    named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    shards = {shard for shard in named if isinstance(shard, str)}
+    for shard in shards:
+        if shard in ("", ".", "..") or PurePosixPath(shard).name != shard or "\\" in shard:
+            raise FormatError(
+                f"{index}: a shard is called {shard!r:.100}, which is no file name",
+                hint="the index is damaged, or not to be trusted",
+            )
+    if not 0 < len(shards) <= _MOST_SHARDS or not all(isinstance(name, str) for name in named):
+        raise FormatError(f"{index}: weight_map should map tensor names to files")
+    return sorted(shards)
+
+
+def _file_names(ref: HubReference, snapshot: Path) -> list[str]:
+    """Return the paths of all files of the repository; of those in the cache when offline."""
+    cached = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
+    if is_offline():
+        return cached
+    from huggingface_hub import HfApi
+
+    def ask() -> list[str]:
+        found = HfApi().model_info(ref.repo, revision=snapshot.name)
+        return [file.rfilename for file in found.siblings or ()]
 
     try:
-        return download()
-    except errors.GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"{repo} is gated: its authors ask for your agreement",
-            hint=f"agree on its page, then run `hf auth login` or set HF_TOKEN ({_reason(error)})",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        near = [name for name in _near_models(repo) if name != repo]
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ModelNotFoundError(
-            f"there is no model {repo} on the Hub, or it is private",
-            hint=f"{hint}Private models need `hf auth login` or HF_TOKEN",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{repo} has no revision {revision!r}", hint="leave it out, or look at its branches"
-        ) from error
-    except errors.HFValidationError as error:
-        raise ModelNotFoundError(
-            f"{repo!r} cannot be a name on the Hub", hint=str(error)
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise _unreachable(repo, error) from error
-    except OSError as error:
-        raise _from_os_error(repo, error) from error
-    except Exception as error:
-        # Which HTTP client raises depends on the version of huggingface_hub.
-        if any(base.__module__.startswith("httpx") for base in type(error).__mro__):
-            raise _unreachable(repo, error) from error
+        return explained(ref.repo, ref.revision, ask)
+    except ModelNotFoundError:
+        if any(name.endswith((*_SINGLE_FILES, ".gguf")) for name in cached):
+            return cached
         raise
 
 
-def _unreachable(repo: str, error: Exception) -> BitllmError:
-    from huggingface_hub import constants
+def _choose_gguf(ref: HubReference, snapshot: Path) -> str:
+    """Return the one GGUF file that is meant.
 
-    if constants.HF_HUB_OFFLINE:
-        return ModelNotFoundError(
-            f"{repo} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
-            hint="unset HF_HUB_OFFLINE, or name a model that is there",
+    Raises:
+        UnsupportedModelError: the repository has neither GGUF files nor a transformers model.
+        ModelNotFoundError: none or several match; names them.
+    """
+    files = gguf_names(_file_names(ref, snapshot))
+    if not files:
+        if is_offline():
+            raise unreachable(ref.repo, FileNotFoundError(ref.repo))
+        raise UnsupportedModelError(
+            f"{ref.repo} has no config.json and no GGUF file: it is no language model that "
+            "bitllm reads",
+            hint="look for its safetensors or GGUF version",
         )
-    return ModelNotFoundError(
-        f"{repo} is not in the cache, and the Hub cannot be reached",
-        hint=f"check the network, HF_ENDPOINT and proxies ({_reason(error)})",
+    chosen = [name for name in files if ref.kind is None or is_of_kind(name, ref.kind)]
+    if len(chosen) == 1:
+        return chosen[0]
+    what = "GGUF files" if ref.kind is None else f"files of kind {ref.kind}"
+    listed = ", ".join(f"{ref.repo}/{name}" for name in (chosen or files)[:8])
+    raise ModelNotFoundError(
+        f"{ref.repo} has {len(chosen) or 'no'} {what}; one has to be named", hint=f"name {listed}"
     )
 
 
-def _from_os_error(repo: str, error: OSError) -> BitllmError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"{repo}: no space left on the disk of the cache",
-            hint="free some, or set HF_HOME to a directory on another disk",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return CheckpointError(
-            f"{repo}: the cache cannot be written ({error.filename or error})",
-            hint="set HF_HOME to a directory that you may write to",
-        )
-    return _unreachable(repo, error)
+def _fetch_weights(ref: HubReference, snapshot: Path, names: Sequence[str]) -> None:
+    """Bring weight files into the snapshot; nothing is asked for those that are there."""
+    missing = [name for name in names if not (snapshot / name).is_file()]
+    if missing and is_offline():
+        raise unreachable(ref.repo, FileNotFoundError(missing[0]))
+    from huggingface_hub import hf_hub_download
 
+    for name in missing:
 
-def _reason(error: Exception) -> str:
-    """The first line of the deepest cause, for a hint."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
+        def fetch(name: str = name) -> None:
+            fetch_blob(ref.repo, snapshot.name, name, snapshot.parent.parent)
+            hf_hub_download(ref.repo, name, revision=snapshot.name)
+
+        explained(ref.repo, ref.revision, fetch)

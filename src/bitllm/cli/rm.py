@@ -1,0 +1,45 @@
+"""`bitllm rm`: take models out of the cache."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from bitllm.cli.options import option, verbose_option
+from bitllm.cli.terminal import emit
+
+__all__ = ["rm"]
+
+
+@click.command()
+@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@option("-y", "--yes", is_flag=True, help="Do not ask.")
+@verbose_option
+def rm(refs: tuple[str, ...], yes: bool) -> None:
+    """Remove models from the cache.
+
+    REF is a name as `bitllm list` shows it, or a short one: org/name for all its revisions,
+    org/name@revision for one of them, org/name/file.gguf for a file. Model directories elsewhere
+    are never touched. Other programs that share the cache fetch what they need again.
+
+    \b
+    bitllm rm tiiuae/Falcon-E-1B-Instruct
+    bitllm rm 2b --yes
+    """  # noqa: D301
+    from bitllm.engine.memory_plan import format_bytes
+    from bitllm.errors import ConfigError
+    from bitllm.formats.cache import plan_removal
+
+    removals = [plan_removal(ref) for ref in dict.fromkeys(refs)]  # all are there, or none goes
+    if not yes and not _somebody_is_there():
+        raise ConfigError("nobody is there to ask", hint="give --yes to remove without a question")
+    for removal in removals:
+        question = f"remove {removal.name} ({format_bytes(removal.bytes)})?"
+        if yes or click.confirm(question, err=True):
+            removal.run()
+            emit(f"removed {removal.name}")
+
+
+def _somebody_is_there() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
