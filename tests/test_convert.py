@@ -147,6 +147,22 @@ def test_unquantised_activations_are_told(bits: int | None, target: str, tmp_pat
     same_weights(original, found)
 
 
+@pytest.mark.parametrize("target", ["out.gguf", "out"])
+@pytest.mark.parametrize("group", [256, 512, 768])
+def test_groups_that_end_beyond_a_row(group: int, target: str, tmp_path: Path) -> None:
+    spec = sized_spec(101, activation="silu", ffn_size=1280)
+    original = random_checkpoint(spec, granularity="group", group_size=group)
+    kind = plan_gguf(original, "out", "tq1_0") if target == "out.gguf" else None
+    plan = kind or plan_mlx(original, ModelTexts())
+    if kind is None:
+        write_directory(tmp_path / target, plan.files)
+    else:
+        write_file(tmp_path / target, plan.files[0])
+    found = verify(original, plan, tmp_path / target)
+    assert (found.scale_error == 0) == (target == "out")
+    assert found.scale_error < 2**-11
+
+
 def command(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["convert", *map(str, arguments)], prog_name="bitllm")
 

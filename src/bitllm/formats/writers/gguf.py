@@ -262,7 +262,10 @@ def _encoded(
         yield scale.ljust(_I2_S_TRAILER, b"\0")
         return
     scales = _block_scales(name, WeightScales(matrix.scales, matrix.group_size))
-    scales = np.broadcast_to(scales, (matrix.out_features, matrix.in_features // TQ_BLOCK))
+    blocks = matrix.in_features // TQ_BLOCK
+    if matrix.group_size is not None:
+        scales = scales[:, :blocks]  # the last group of a row may end beyond it
+    scales = np.broadcast_to(scales, (matrix.out_features, blocks))
     encode = tq2_0 if kind == "tq2_0" else tq1_0
     yield from encode(packed, matrix.in_features, scales if order is None else scales[order])
 

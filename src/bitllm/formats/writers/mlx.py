@@ -150,5 +150,5 @@ def _group_scales(
     """Return the scale of each group of MLX, float32 [out, in / group]."""
     values = scales.scales
     if scales.group_size is not None:
-        return np.repeat(values, scales.group_size // group, axis=1)
+        return np.repeat(values, scales.group_size // group, axis=1)[:, : shape[1]]
     return np.array(np.broadcast_to(values[:, None] if values.ndim else values, shape))
