@@ -202,8 +202,8 @@ def test_small_work_has_its_own_tables(model: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_more_sequences_than_a_step_has_rows_are_refused_at_once(model: Path) -> None:
-    result = bench("-m", model, "--batch", "1,513", "--no-small")
+    result = bench("-m", model, "--batch", "1,257", "--no-small")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert "batch 513: a step has at most 512 token rows" in result.stderr
+    assert "batch 257: a step has at most 256 token rows" in result.stderr
     assert "checking the output" not in result.stderr
