@@ -119,6 +119,22 @@ def test_a_target_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert names(tmp_path) == ["directory", "file", "link"]
 
 
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def file(unfinished: Path) -> None:
+        write_file(tmp_path / "file", planned("x", b"other"))
+
+    def directory(unfinished: Path) -> None:
+        write_directory(tmp_path / "out", [planned("other", b"1")])
+
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_file(tmp_path / "file", planned("x", b"new"), check=file)
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_directory(tmp_path / "out", [planned("x", b"new")], check=directory)
+    assert names(tmp_path) == ["file", "out"]
+    assert (tmp_path / "file").read_bytes() == b"other"
+    assert names(tmp_path / "out") == ["other"]
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
