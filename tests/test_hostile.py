@@ -88,6 +88,16 @@ def test_nested_without_end(model: Path, name: str, kind: str) -> None:
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_half_of_a_surrogate_pair(model: Path, name: str) -> None:
+    fields = json.loads((model / name).read_text())
+    (model / name).write_text(json.dumps({**fields, "eos_token": "\ud83d\ude42"}))
+    use(model)
+    (model / name).write_text(json.dumps({**fields, "eos_token": "\ud83d"}))
+    with pytest.raises(BitllmError, match=rf"{name}: .*surrogates"):
+        use(model)
+
+
 @pytest.mark.parametrize("number", HUGE)
 @pytest.mark.parametrize(
     "key",
