@@ -208,6 +208,15 @@ def test_names_that_mean_other_tensors(model: Path) -> None:
         open_checkpoint(model)
 
 
+@pytest.mark.parametrize("header", ["[]", '{"x":{"dtype":"F32"}}', '{"x":1,"x":1}'])
+def test_what_is_damaged_has_a_way_out(header: str, model: Path) -> None:
+    content = len(header).to_bytes(8, "little") + header.encode()
+    (model / "model.safetensors").write_bytes(content)
+    with pytest.raises(FormatError) as caught:
+        open_checkpoint(model)
+    assert "fetch it again" in str(caught.value.hint)
+
+
 # Headers that are right in most things: hypothesis chooses where they lie.
 EXTENTS = st.sampled_from([0, 1, 2, 3, 4, 8, 2**31, 2**32, 2**47, 2**63, 2**64, 2**200, -1])
 ENTRIES = st.fixed_dictionaries(
