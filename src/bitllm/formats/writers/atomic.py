@@ -133,13 +133,14 @@ def _take_name(unfinished: Path, target: Path) -> None:
         unfinished.rename(target)
         return
     aside = _unfinished(target)
-    target.rename(aside)
     try:
+        target.rename(aside)
         unfinished.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:  # an interrupt may come behind either of the two
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(target)
 
 
 class _Count:
