@@ -28,7 +28,7 @@ from bitllm.checkpoint import (
 from bitllm.errors import UnsupportedModelError
 from bitllm.formats.gguf.checkpoint import neighbour_order
 from bitllm.formats.gguf.ggml_types import GGML_TYPES, TYPE_NAMES
-from bitllm.formats.gguf.names import ARCHITECTURES, stored_name
+from bitllm.formats.gguf.names import ACTIVATION_BITS, ARCHITECTURES, stored_name
 from bitllm.formats.gguf.rope import ROPE_FREQS, rope_divisors
 from bitllm.formats.writers.dense import dense_chunks, relative_error
 from bitllm.formats.writers.gguf_file import Value, plan_gguf_file
@@ -45,7 +45,6 @@ _FILE_TYPES = {"i2_s": 40, "tq1_0": 36, "tq2_0": 37}
 _I2_S_BLOCK = 128
 _I2_S_TRAILER = 32
 _DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
-_BITLLM_ACTIVATIONS = "bitllm.activation_bits"
 
 
 def plan_gguf(
@@ -172,7 +171,7 @@ def _architecture_metadata(spec: ModelSpec, architecture: str) -> dict[str, Valu
         metadata[f"{architecture}.rope.scaling.factor"] = ("f32", layer.rope.factor)
     # No key of the format says how activations are quantised; readers that know none of this one
     # take what their architecture or type does.
-    metadata[_BITLLM_ACTIVATIONS] = ("u32", layer.q.activation_bits or 0)
+    metadata[ACTIVATION_BITS] = ("u32", layer.q.activation_bits or 0)
     return metadata
 
 
