@@ -294,6 +294,17 @@ def test_a_refusal_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_embedding_model_is_refused_as_one(target: str, tmp_path: Path) -> None:
+    source = write_huggingface(tmp_path / "embedding", convention="divide", activation="silu")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    assert open_checkpoint(source).spec.pooling == "last"
+    with pytest.raises(UnsupportedModelError, match="embedding models are read, but not") as caught:
+        plan_conversion(source, tmp_path / target, **TARGETS[target])
+    assert "another format" not in str(caught.value.hint)
+
+
 def test_a_source_that_breaks_on_the_way_leaves_nothing(tmp_path: Path) -> None:
     source = write_huggingface(tmp_path / "one", **BITNET)
     weights = source / "model.safetensors"
