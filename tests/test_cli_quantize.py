@@ -153,3 +153,14 @@ def test_a_contradiction_is_refused(dense: Path) -> None:
     result = quantize(dense, "--granularity", "row", "--group-size", "4")
     assert result.exit_code == 1
     assert "does not go with group_size" in result.stderr
+
+
+def test_a_gguf_file_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x.gguf").write_bytes(b"GGUF")
+    for source in (tmp_path / "x.gguf", tmp_path / "d"):
+        result = quantize(source)
+        assert result.exit_code == 1
+        assert "GGUF file" in result.stderr
+        assert "needs the safetensors files" in result.stderr

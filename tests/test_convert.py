@@ -24,6 +24,7 @@ from bitllm.convert.verify import verify
 from bitllm.engine.loading import open_tokenizer
 from bitllm.errors import CheckpointError, ConfigError, ConversionError, UnsupportedModelError
 from bitllm.formats import open_checkpoint
+from bitllm.formats.gguf.container import GgufFile
 from bitllm.formats.writers import write_directory, write_file
 from bitllm.formats.writers.differences import spec_differences
 from bitllm.formats.writers.gguf import plan_gguf
@@ -237,6 +238,55 @@ def test_the_source_is_never_the_target(sources: dict[str, Path], tmp_path: Path
     same_weights(open_checkpoint(sources["bitnet"]), open_checkpoint(source))
 
 
+@pytest.mark.parametrize("name", ["x.gguf", "x-00001-of-00001.gguf"])
+def test_a_gguf_file_of_the_source_directory_is_never_the_target(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    file = convert(sources["bitnet"], tmp_path / "model" / name)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    before = file.read_bytes()
+    for target in (file, tmp_path / "link" / name):
+        result = command(tmp_path / "model", target, "--force", "--type", "tq2_0")
+        assert result.exit_code == 1
+        assert "holds the model that is to be converted" in result.stderr
+    assert file.read_bytes() == before
+
+
+def test_a_directory_that_the_source_links_to_is_never_the_target(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    model = convert(sources["bitnet"], tmp_path / "model")
+    (tmp_path / "linked").mkdir()
+    for file in model.iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    result = command(tmp_path / "linked", model, "--force")
+    assert "holds the model that is to be converted" in result.stderr
+    assert command(tmp_path / "linked", tmp_path / "linked" / "own.gguf").exit_code == 0
+    again = command(tmp_path / "linked", tmp_path / "linked" / "own.gguf", "--force")
+    assert again.exit_code == 0, again.stderr
+
+
+def test_links_in_a_circle_and_names_that_are_no_text(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    assert "exists already" in command(sources["bitnet"], tmp_path / "circle").stderr
+    inside = command(sources["bitnet"], tmp_path / "circle" / "x.gguf")
+    assert "there is no directory" in inside.stderr
+    named = convert(sources["bitnet"], tmp_path / os.fsdecode(b"a\xff.gguf"))
+    assert GgufFile(named).metadata["general.name"] == "a\ufffd"
+
+
+def test_a_target_in_the_way_is_seen_before_weights_are_read(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    for target, message in (("out", "exists already"), ("a/b.gguf", "there is no directory")):
+        with pytest.raises(CheckpointError, match=message):
+            plan_conversion(sources["bitnet"], tmp_path / target)
+
+
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
@@ -258,6 +308,17 @@ def test_a_refusal_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="rows of 320 weights"):
         plan_conversion(source, tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_embedding_model_is_refused_as_one(target: str, tmp_path: Path) -> None:
+    source = write_huggingface(tmp_path / "embedding", convention="divide", activation="silu")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    assert open_checkpoint(source).spec.pooling == "last"
+    with pytest.raises(UnsupportedModelError, match="embedding models are read, but not") as caught:
+        plan_conversion(source, tmp_path / target, **TARGETS[target])
+    assert "another format" not in str(caught.value.hint)
 
 
 def test_a_source_that_breaks_on_the_way_leaves_nothing(tmp_path: Path) -> None:
@@ -384,17 +445,17 @@ main()
 """
 
 
-def test_ctrl_c_leaves_nothing_behind(sources: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_an_interrupt_leaves_nothing_behind(
+    number: signal.Signals, status: int, sources: dict[str, Path], tmp_path: Path
+) -> None:
     arguments = [sys.executable, "-c", SLOW, str(sources["bitnet"]), str(tmp_path / "out")]
     with process_to_interrupt(arguments, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         while process.stdout.readline() != b"chunk\n":
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        process.send_signal(number)
+        assert process.wait(60) == status
     assert [*tmp_path.iterdir()] == []
-
-
-def test_a_target_in_no_directory(sources: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no directory"):
-        run_conversion(plan_conversion(sources["bitnet"], tmp_path / "a" / "b"))

@@ -88,6 +88,16 @@ def test_nested_without_end(model: Path, name: str, kind: str) -> None:
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_half_of_a_surrogate_pair(model: Path, name: str) -> None:
+    fields = json.loads((model / name).read_text())
+    (model / name).write_text(json.dumps({**fields, "eos_token": "\ud83d\ude42"}))
+    use(model)
+    (model / name).write_text(json.dumps({**fields, "eos_token": "\ud83d"}))
+    with pytest.raises(BitllmError, match=rf"{name}: .*surrogates"):
+        use(model)
+
+
 @pytest.mark.parametrize("number", HUGE)
 @pytest.mark.parametrize(
     "key",
@@ -196,6 +206,15 @@ def test_names_that_mean_other_tensors(model: Path) -> None:
     save_file({**tensors, "../../x": tensors["model.norm.weight"]}, model / "model.safetensors")
     with pytest.raises(CheckpointError, match="no place"):
         open_checkpoint(model)
+
+
+@pytest.mark.parametrize("header", ["[]", '{"x":{"dtype":"F32"}}', '{"x":1,"x":1}'])
+def test_what_is_damaged_has_a_way_out(header: str, model: Path) -> None:
+    content = len(header).to_bytes(8, "little") + header.encode()
+    (model / "model.safetensors").write_bytes(content)
+    with pytest.raises(FormatError) as caught:
+        open_checkpoint(model)
+    assert "fetch it again" in str(caught.value.hint)
 
 
 # Headers that are right in most things: hypothesis chooses where they lie.

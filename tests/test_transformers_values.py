@@ -191,12 +191,13 @@ def test_yarn(tmp_path: Path, yarn: dict[str, Any]) -> None:
     assert layer.query_scale == pytest.approx(rotary.attention_scaling**2 / 128**0.5)
 
 
-def test_logits(written: Written) -> None:
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_logits(written: Written, device: str) -> None:
     ids = torch.randint(0, VOCAB, (1, 34), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         theirs = written.model(ids).logits[0].double().numpy()
     options = LoadOptions(kv_tokens=64, kv_dtype="fp32")
-    decoder = get_backend("reference").load(written.checkpoint, options)
+    decoder = get_backend(device).load(written.checkpoint, options)
     ours = logits_of(decoder, ids[0].tolist())
     assert ((ours - theirs) ** 2).sum() / (theirs**2).sum() < 1e-11
 

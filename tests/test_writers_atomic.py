@@ -119,6 +119,47 @@ def test_a_target_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert names(tmp_path) == ["directory", "file", "link"]
 
 
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def file(unfinished: Path) -> None:
+        write_file(tmp_path / "file", planned("x", b"other"))
+
+    def directory(unfinished: Path) -> None:
+        write_directory(tmp_path / "out", [planned("other", b"1")])
+
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_file(tmp_path / "file", planned("x", b"new"), check=file)
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_directory(tmp_path / "out", [planned("x", b"new")], check=directory)
+    assert names(tmp_path) == ["file", "out"]
+    assert (tmp_path / "file").read_bytes() == b"other"
+    assert names(tmp_path / "out") == ["other"]
+
+
+@pytest.mark.parametrize(("renames", "content"), [(1, b"old"), (2, b"new")])
+def test_an_interrupt_between_two_names(
+    renames: int, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "x").write_bytes(b"old")
+    done = 0
+    rename = Path.rename
+
+    def interrupted(self: Path, goal: Path) -> Path:
+        nonlocal done
+        done += 1
+        moved = rename(self, goal)
+        if done == renames:
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_directory(target, [planned("x", b"new")], replace=True)
+    assert names(tmp_path) == ["out"]
+    assert (target / "x").read_bytes() == content
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

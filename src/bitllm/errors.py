@@ -77,7 +77,15 @@ class CheckpointError(BitllmError):
 
 
 class FormatError(CheckpointError):
-    """Bytes that break their own format: truncated, overlapping, out of bounds, hostile."""
+    """Bytes that break their own format: truncated, overlapping, out of bounds, hostile.
+
+    Args:
+        message: what is wrong, naming the file.
+        hint: what the reader can do about it; None = what helps against most damage.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint or "the file is damaged; fetch it again")
 
 
 class MissingTensorError(CheckpointError):

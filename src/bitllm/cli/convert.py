@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bitllm.cli.failures import ending_as_ctrl_c_does
 from bitllm.cli.options import device_option, json_option, option, verbose_option
 from bitllm.cli.terminal import emit, emit_json, note, progress
 
@@ -73,7 +74,11 @@ def convert(
     conversion = plan_conversion(source, target, replace=force, **options)
     if not as_json:
         emit("\n".join(_plan_lines(conversion)))
-    with progress("writing") as writing, progress("verifying") as verifying:
+    with (
+        ending_as_ctrl_c_does(),
+        progress("writing") as writing,
+        progress("verifying") as verifying,
+    ):
         result = run_conversion(
             conversion, check=verify, device=device, writing=writing, verifying=verifying
         )

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -15,6 +19,7 @@ __all__ = [
     "EXIT_INTERRUPTED",
     "EXIT_USAGE",
     "CheckFailedError",
+    "ending_as_ctrl_c_does",
     "print_error",
     "report",
 ]
@@ -29,6 +34,28 @@ EXIT_CLOSED = 141
 
 class CheckFailedError(Exception):
     """What a check of `bitllm doctor` found wrong, in words."""
+
+
+@contextmanager
+def ending_as_ctrl_c_does() -> Iterator[None]:
+    """Let a request to end, or a terminal that is closed, clean up before the process ends.
+
+    The system's default is to end it at once, which would leave half-written files behind.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [number for name in names if (number := getattr(signal, name, None)) is not None]
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def print_error(message: str, hint: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Literal, get_args
 from bitllm.checkpoint import Checkpoint, ScaleConvention
 from bitllm.convert.source import directory_texts, gguf_tokenizer
 from bitllm.errors import CheckpointError, ConfigError
-from bitllm.formats import ModelFiles, open_checkpoint, resolve_model
-from bitllm.formats.writers import WritePlan
+from bitllm.formats import ModelFiles, find_gguf, open_checkpoint, resolve_model
+from bitllm.formats.gguf_names import gguf_parts
+from bitllm.formats.writers import WritePlan, check_target
 from bitllm.formats.writers.gguf import GgufType, plan_gguf
 from bitllm.formats.writers.huggingface import plan_huggingface
 from bitllm.formats.writers.mlx import plan_mlx
@@ -82,7 +84,8 @@ def plan_conversion(
     _check_target(files.path, goal, chosen, replace)
     checkpoint = open_checkpoint(files.path)
     if chosen == "gguf":
-        name = goal.name[: -len(_SUFFIX)]
+        # Names of files may hold bytes that are no text, as strings in GGUF files may not.
+        name = os.fsencode(goal.name[: -len(_SUFFIX)]).decode("utf-8", "replace")
         tokens, notes = gguf_tokenizer(files.path, checkpoint.spec.vocab_size)
         plan = plan_gguf(checkpoint, name, kind or "i2_s", tokenizer=tokens, notes=notes)
     elif chosen == "mlx":
@@ -108,13 +111,14 @@ def _check_options(
 
 def _check_target(source: Path, target: Path, chosen: Format, replace: bool) -> None:
     """Refuse to write over the source, or over anything that is no model."""
-    place, origin = target.resolve(), source.resolve()
-    if place == origin or place in origin.parents:
+    place = _real(target)
+    if any(place == file or place in file.parents for file in map(_real, _files(source))):
         raise CheckpointError(
             f"{target} holds the model that is to be converted", hint="choose another name"
         )
-    if not target.exists() or not replace:
-        return  # the writers refuse a target that exists
+    check_target(target, replace)
+    if not target.exists():
+        return
     if chosen == "gguf":
         replaceable = target.is_file()
     else:
@@ -126,3 +130,17 @@ def _check_target(source: Path, target: Path, chosen: Format, replace: bool) -> 
         raise CheckpointError(
             f"{target} is no {what}, so it is not replaced", hint="choose another name"
         )
+
+
+def _files(source: Path) -> list[Path]:
+    """Return a model's path and its files; GGUF files beside safetensors are none of them."""
+    first = find_gguf(source)
+    if first is not None:
+        return [source, *(first.with_name(name) for name in gguf_parts(first.name))]
+    files = [path for path in source.glob("*") if path.is_file() and path.suffix != _SUFFIX]
+    return [source, *files]
+
+
+def _real(path: Path) -> Path:
+    """Follow symbolic links; unlike `Path.resolve`, those that lead in a circle raise nothing."""
+    return Path(os.path.realpath(path))

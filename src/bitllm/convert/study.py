@@ -11,7 +11,7 @@ import numpy as np
 
 from bitllm.checkpoint import DenseTensor
 from bitllm.errors import FormatError, QuantizationError, UnsupportedModelError
-from bitllm.formats import resolve_model
+from bitllm.formats import find_gguf, resolve_model
 from bitllm.formats.ternary_values import read_ternary_values
 from bitllm.formats.weight_files import FLOATS, WeightFile, open_weight_files
 from bitllm.ternary import (
@@ -116,6 +116,11 @@ def study_checkpoint(
 
 def _projections(directory: Path) -> dict[str, WeightFile]:
     """Return the dense matrices of a model but for embeddings and head, in the order of layers."""
+    if find_gguf(directory) is not None:
+        raise UnsupportedModelError(
+            f"{directory}: a GGUF file, and those are not studied",
+            hint="the study needs the safetensors files that it was made from",
+        )
     files = open_weight_files(directory)
     found = {
         name: file

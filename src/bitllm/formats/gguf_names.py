@@ -6,16 +6,24 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-__all__ = ["gguf_names", "gguf_parts", "is_of_kind"]
+__all__ = ["MOST_PARTS", "gguf_names", "gguf_parts", "is_of_kind", "split_number"]
 
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_MOST_PARTS = 1000
+MOST_PARTS = 4096
+"""Files of one model at most."""
+
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
 def gguf_names(names: Sequence[str]) -> list[str]:
     """Return the GGUF files, of split ones the first part."""
-    matches = {name: _SPLIT.fullmatch(name) for name in names if name.endswith(".gguf")}
-    return sorted(name for name, split in matches.items() if not split or int(split[2]) == 1)
+    split = {name: split_number(name) for name in names if name.endswith(".gguf")}
+    return sorted(name for name, part in split.items() if part is None or part[0] == 1)
+
+
+def split_number(file: str) -> tuple[int, int] | None:
+    """Return which part a file of a split model is and how many there are; None of others."""
+    match = _SPLIT.fullmatch(file)
+    return None if match is None else (int(match[2]), int(match[3]))
 
 
 def is_of_kind(name: str, kind: str) -> bool:
@@ -27,6 +35,6 @@ def is_of_kind(name: str, kind: str) -> bool:
 def gguf_parts(file: str) -> list[str]:
     """Return all parts of a split GGUF file, or the file alone."""
     split = _SPLIT.fullmatch(file)
-    if split is None or not 0 < int(split[3]) <= _MOST_PARTS:
+    if split is None or not 0 < int(split[3]) <= MOST_PARTS:
         return [file]
     return [f"{split[1]}-{part:05d}-of-{split[3]}.gguf" for part in range(1, int(split[3]) + 1)]

@@ -29,6 +29,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: larger than {_MAX_BYTES >> 20} MiB")
     try:
         fields = json.loads(text.decode("utf-8-sig"))
+        if b"\\ud" in text.lower():  # half of an escaped pair is no text that could be written
+            json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise FormatError(

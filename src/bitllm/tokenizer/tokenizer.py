@@ -306,7 +306,10 @@ def _read_json(file: Path, failure: type[BitllmError] = TokenizerError) -> dict[
     if not file.is_file():
         return {}
     try:
-        fields = json.loads(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        fields = json.loads(text)
+        if "\\ud" in text.lower():  # half of an escaped pair is no text
+            json.dumps(fields, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise failure(
             f"{file}: not readable as JSON ({error})", hint="the file is damaged; download it again"

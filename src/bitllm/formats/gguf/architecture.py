@@ -16,6 +16,7 @@ from bitllm.checkpoint import LINEAR_NAMES, LayerSpec, LinearSpec, ModelSpec, Ro
 from bitllm.errors import ConfigError, FormatError, UnsupportedModelError
 from bitllm.formats.gguf.container import GgufArray
 from bitllm.formats.gguf.names import (
+    ACTIVATION_BITS,
     ARCHITECTURES,
     REFUSED_ARCHITECTURES,
     REFUSED_KEYS,
@@ -269,7 +270,7 @@ def _activation_bits(model: GgufModel) -> Literal[8] | None:
     BitNet models quantise them to int8. Models whose weights alone are ternary do not: the ones of
     the group types (Bonsai), and TriLM, which has nothing but its name to be told by.
     """
-    stated = model.metadata.get("bitllm.activation_bits")
+    stated = model.metadata.get(ACTIVATION_BITS)
     if stated in (0, 8):
         return 8 if stated else None
     if stated is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bitllm.checkpoint import Activation
 
 __all__ = [
+    "ACTIVATION_BITS",
     "ARCHITECTURES",
     "REFUSED_ARCHITECTURES",
     "REFUSED_KEYS",
@@ -70,6 +71,9 @@ REFUSED_KEYS: Mapping[str, str] = {
     "quantization.rotation": "weights in a rotated basis (Bonsai-2)",
 }
 """Keys, without the prefix of the architecture, of features that would change the result."""
+
+ACTIVATION_BITS = "bitllm.activation_bits"
+"""Key, which only bitllm writes, of how activations are quantised: 8, or 0 for not at all."""
 
 _TOP = {"embed": "token_embd.weight", "head": "output.weight", "final_norm": "output_norm.weight"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +12,10 @@ import numpy.typing as npt
 
 from bitllm.errors import CheckpointError, FormatError, MissingTensorError, ModelNotFoundError
 from bitllm.formats.gguf.container import GgufFile, GgufTensor
+from bitllm.formats.gguf_names import MOST_PARTS, gguf_parts, split_number
 
 __all__ = ["GgufModel", "find_gguf"]
 
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_MAX_SHARDS = 4_096
 _IMAGE_ENCODER = "mmproj"  # lies beside models that read images too
 
 
@@ -90,16 +88,13 @@ class GgufModel:
 
 def _shard_paths(path: Path) -> list[Path]:
     """Return all files of a model, given one of them."""
-    match = _SHARD.fullmatch(path.name)
-    if match is None:
+    split = split_number(path.name)
+    if split is None:
         return [path]
-    count = int(match["count"])
-    if not 1 <= int(match["number"]) <= count <= _MAX_SHARDS:
+    number, count = split
+    if not 1 <= number <= count <= MOST_PARTS:
         raise FormatError(f"{path}: a file of this name is part of no model")
-    shards = [
-        path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf")
-        for number in range(1, count + 1)
-    ]
+    shards = [path.with_name(name) for name in gguf_parts(path.name)]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise CheckpointError(
@@ -134,5 +129,5 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def _is_first(path: Path) -> bool:
-    match = _SHARD.fullmatch(path.name)
-    return match is None or int(match["number"]) == 1
+    split = split_number(path.name)
+    return split is None or split[0] == 1

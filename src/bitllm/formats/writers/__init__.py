@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from bitllm.formats.writers.atomic import write_directory, write_file
+from bitllm.formats.writers.atomic import check_target, write_directory, write_file
 from bitllm.formats.writers.planned import PlannedFile, PlannedTensor, WritePlan
 
-__all__ = ["PlannedFile", "PlannedTensor", "WritePlan", "write_directory", "write_file"]
+__all__ = [
+    "PlannedFile",
+    "PlannedTensor",
+    "WritePlan",
+    "check_target",
+    "write_directory",
+    "write_file",
+]

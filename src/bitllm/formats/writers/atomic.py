@@ -19,7 +19,7 @@ import numpy as np
 from bitllm.errors import CheckpointError
 from bitllm.formats.writers.planned import PlannedFile
 
-__all__ = ["Advance", "Check", "write_directory", "write_file"]
+__all__ = ["Advance", "Check", "check_target", "write_directory", "write_file"]
 
 Advance = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes there will be."""
@@ -28,6 +28,26 @@ Check = Callable[[Path], None]
 """Called with the path of what is written but not named yet; what it raises undoes everything."""
 
 _PIECE_BYTES = 1 << 22
+
+
+def check_target(target: Path, replace: bool) -> None:
+    """Refuse a target that cannot be written.
+
+    Args:
+        target: a file or directory.
+        replace: whether one of that name may be replaced.
+
+    Raises:
+        CheckpointError: something has the name, or there is no directory to put it into.
+    """
+    if not target.name or not target.parent.is_dir():
+        raise CheckpointError(
+            f"{target}: there is no directory {target.parent}", hint="make it first"
+        )
+    if not replace and (target.exists() or target.is_symlink()):
+        raise CheckpointError(
+            f"{target} exists already", hint="choose another name, or give --force to replace it"
+        )
 
 
 def write_file(
@@ -50,12 +70,14 @@ def write_file(
     Raises:
         CheckpointError: the target exists, the disk is full, or the system refuses to write.
     """
-    _check_target(target, file.nbytes, replace)
+    check_target(target, replace)
+    _check_space(target, file.nbytes)
     unfinished = _unfinished(target, target.suffix)
     try:
         _write(unfinished, file, _Count(file.nbytes, advance))
         if check is not None:
             check(unfinished)
+        check_target(target, replace)  # others may have written it meanwhile
         os.replace(unfinished, target)
         _sync_directory(target.parent)
     except OSError as error:
@@ -85,7 +107,8 @@ def write_directory(
         CheckpointError: the target exists, the disk is full, or the system refuses to write.
     """
     total = sum(file.nbytes for file in files)
-    _check_target(target, total, replace)
+    check_target(target, replace)
+    _check_space(target, total)
     unfinished = _unfinished(target)
     try:
         unfinished.mkdir()
@@ -95,6 +118,7 @@ def write_directory(
         _sync_directory(unfinished)
         if check is not None:
             check(unfinished)
+        check_target(target, replace)
         _take_name(unfinished, target)
         _sync_directory(target.parent)
     except OSError as error:
@@ -109,13 +133,14 @@ def _take_name(unfinished: Path, target: Path) -> None:
         unfinished.rename(target)
         return
     aside = _unfinished(target)
-    target.rename(aside)
     try:
+        target.rename(aside)
         unfinished.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:  # an interrupt may come behind either of the two
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(target)
 
 
 class _Count:
@@ -156,15 +181,7 @@ def _unfinished(target: Path, suffix: str = "") -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished{suffix}")
 
 
-def _check_target(target: Path, nbytes: int, replace: bool) -> None:
-    if not target.name or not target.parent.is_dir():
-        raise CheckpointError(
-            f"{target}: there is no directory {target.parent}", hint="make it first"
-        )
-    if not replace and (target.exists() or target.is_symlink()):
-        raise CheckpointError(
-            f"{target} exists already", hint="choose another name, or give --force to replace it"
-        )
+def _check_space(target: Path, nbytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:
         raise CheckpointError(

@@ -272,4 +272,7 @@ def _check_sayable(spec: ModelSpec) -> None:
     }
     for what, fine in sayable.items():
         if not fine:
-            raise UnsupportedModelError(f"the packed bitnet format cannot hold a model with {what}")
+            raise UnsupportedModelError(
+                f"the packed bitnet format cannot hold a model with {what}",
+                hint="MLX directories and GGUF files hold other kinds",
+            )

@@ -28,12 +28,17 @@ from bitllm.checkpoint import (
 from bitllm.errors import UnsupportedModelError
 from bitllm.formats.gguf.checkpoint import neighbour_order
 from bitllm.formats.gguf.ggml_types import GGML_TYPES, TYPE_NAMES
-from bitllm.formats.gguf.names import ARCHITECTURES, stored_name
+from bitllm.formats.gguf.names import ACTIVATION_BITS, ARCHITECTURES, stored_name
 from bitllm.formats.gguf.rope import ROPE_FREQS, rope_divisors
 from bitllm.formats.writers.dense import dense_chunks, relative_error
 from bitllm.formats.writers.gguf_file import Value, plan_gguf_file
 from bitllm.formats.writers.layouts import TQ_BLOCK, i2_s, tq1_0, tq2_0
-from bitllm.formats.writers.planned import Chunks, PlannedTensor, WritePlan
+from bitllm.formats.writers.planned import (
+    Chunks,
+    PlannedTensor,
+    WritePlan,
+    refuse_unwritten,
+)
 
 __all__ = ["GGUF_TYPES", "GgufType", "gguf_architecture", "plan_gguf"]
 
@@ -45,7 +50,6 @@ _FILE_TYPES = {"i2_s": 40, "tq1_0": 36, "tq2_0": 37}
 _I2_S_BLOCK = 128
 _I2_S_TRAILER = 32
 _DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
-_BITLLM_ACTIVATIONS = "bitllm.activation_bits"
 
 
 def plan_gguf(
@@ -69,6 +73,7 @@ def plan_gguf(
         UnsupportedModelError: the format cannot hold this model; names the reason.
     """
     spec = checkpoint.spec
+    refuse_unwritten(spec)
     architecture = gguf_architecture(spec)
     permuted = ARCHITECTURES[architecture].permuted
     scales = {}
@@ -123,7 +128,6 @@ def _check_sayable(spec: ModelSpec, layer: LayerSpec) -> None:
         and layer.ffn_norm
         and layer.attn_sub_norm == layer.ffn_sub_norm,
         "q/k norms beside sub-norms": not (layer.qk_norm and layer.attn_sub_norm),
-        "post-norms": not layer.post_norms,
         "norms of each linear's own input": all(linear.norm_eps is None for linear in linears),
         f"the activation {layer.activation} without sub-norms": not relu2 or layer.attn_sub_norm,
         f"the activation {layer.activation}": layer.activation in ("relu2", "silu"),
@@ -136,14 +140,13 @@ def _check_sayable(spec: ModelSpec, layer: LayerSpec) -> None:
         "scaled RoPE beside sub-norms or q/k norms": layer.rope.scaling == "none"
         or not (layer.attn_sub_norm or layer.qk_norm),
         "an embedding scale": spec.embedding_scale == 1.0,
-        "pooling": spec.pooling == "none",
         "two norm epsilons": spec.norm_eps == layer.norm_eps,
         "a query scale of its own": abs(layer.query_scale * layer.head_dim**0.5 - 1) < 1e-6,
     }
     for what, fine in sayable.items():
         if not fine:
             raise UnsupportedModelError(
-                f"no architecture of GGUF files has {what}",
+                f"GGUF files are not written of models with {what}",
                 hint="write it as a Hugging Face directory",
             )
 
@@ -172,7 +175,7 @@ def _architecture_metadata(spec: ModelSpec, architecture: str) -> dict[str, Valu
         metadata[f"{architecture}.rope.scaling.factor"] = ("f32", layer.rope.factor)
     # No key of the format says how activations are quantised; readers that know none of this one
     # take what their architecture or type does.
-    metadata[_BITLLM_ACTIVATIONS] = ("u32", layer.q.activation_bits or 0)
+    metadata[ACTIVATION_BITS] = ("u32", layer.q.activation_bits or 0)
     return metadata
 
 

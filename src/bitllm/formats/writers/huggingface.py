@@ -27,7 +27,13 @@ from bitllm.formats.tensor_names import TensorNames
 from bitllm.formats.writers.config import default_convention, plan_config
 from bitllm.formats.writers.dense import dense_chunks, narrowed, relative_error, round_to
 from bitllm.formats.writers.layouts import row_strided
-from bitllm.formats.writers.planned import Chunks, PlannedFile, PlannedTensor, WritePlan
+from bitllm.formats.writers.planned import (
+    Chunks,
+    PlannedFile,
+    PlannedTensor,
+    WritePlan,
+    refuse_unwritten,
+)
 from bitllm.formats.writers.safetensors import plan_safetensors
 from bitllm.formats.writers.texts import CONFIG_FILE, ModelTexts
 
@@ -41,13 +47,7 @@ STORED_DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 
 
 def stored_names(spec: ModelSpec) -> dict[str, str]:
-    """Return the names in the file, by canonical name; of a projection, the one of its module.
-
-    Raises:
-        UnsupportedModelError: gains that are stored less one.
-    """
-    if any(layer.post_norms for layer in spec.layers):
-        raise UnsupportedModelError("models with post-norms (Gemma) are read, but not written")
+    """Return the names in the file, by canonical name; of a projection, the one of its module."""
     names = TensorNames(spec, ())
     dense = {name: names.dense(name) for name in spec.dense_shapes()}
     return dense | {name: names.module(name) for name, _ in spec.linear_names()}
@@ -73,6 +73,7 @@ def plan_huggingface(
         UnsupportedModelError: the format cannot hold this model; names the reason.
     """
     spec = checkpoint.spec
+    refuse_unwritten(spec)
     scales = {name: checkpoint.scales(name) for name, _ in spec.linear_names()}
     if convention is None:
         convention = _source_convention(scales) or default_convention(spec)

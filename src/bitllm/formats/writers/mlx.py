@@ -24,7 +24,13 @@ from bitllm.formats.writers.huggingface import (
     stored_names,
 )
 from bitllm.formats.writers.layouts import affine_2bit
-from bitllm.formats.writers.planned import Chunks, PlannedFile, PlannedTensor, WritePlan
+from bitllm.formats.writers.planned import (
+    Chunks,
+    PlannedFile,
+    PlannedTensor,
+    WritePlan,
+    refuse_unwritten,
+)
 from bitllm.formats.writers.safetensors import plan_safetensors
 from bitllm.formats.writers.texts import CONFIG_FILE, ModelTexts
 
@@ -52,6 +58,7 @@ def plan_mlx(
         UnsupportedModelError: the format cannot hold this model; names the reason.
     """
     spec = checkpoint.spec
+    refuse_unwritten(spec)
     if any(linear.norm_eps is not None for _, linear in spec.linear_names()):
         raise UnsupportedModelError(
             "MLX has no layers with norms of each linear's own input",

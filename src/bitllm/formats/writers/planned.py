@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Chunks", "PlannedFile", "PlannedTensor", "WritePlan"]
+from bitllm.checkpoint import ModelSpec
+from bitllm.errors import UnsupportedModelError
+
+__all__ = ["Chunks", "PlannedFile", "PlannedTensor", "WritePlan", "refuse_unwritten"]
 
 Chunks = Iterator["bytes | npt.NDArray[np.generic]"]
 
@@ -76,3 +79,21 @@ class WritePlan:
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(file.nbytes for file in self.files)
+
+
+def refuse_unwritten(spec: ModelSpec) -> None:
+    """Refuse models that are read, but written in no format.
+
+    Raises:
+        UnsupportedModelError: it is one; names the reason.
+    """
+    unwritten = {
+        "embedding models": spec.pooling != "none",
+        "models with post-norms (Gemma)": any(layer.post_norms for layer in spec.layers),
+    }
+    for what, found in unwritten.items():
+        if found:
+            raise UnsupportedModelError(
+                f"{what} are read, but not written, in whatever format",
+                hint="use the model as it is; nothing but its conversion is missing",
+            )
