@@ -17,10 +17,14 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
 import atheris
 
 with atheris.instrument_imports(include=["bitllm.formats"]):
+    # The finder of an editable install would load modules as they are.
+    for finder in [each for each in sys.meta_path if "editable" in type(each).__module__]:
+        sys.meta_path.remove(finder)
     from fuzz.targets import TARGETS, attempt
 
 from gguf_files import gguf_bytes
