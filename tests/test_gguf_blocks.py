@@ -139,8 +139,9 @@ def test_the_code_three_is_refused_with_its_row(name: str) -> None:
 def test_layouts_refuse_what_they_cannot_hold() -> None:
     with pytest.raises(FormatError, match="blocks of 128"):
         i2s_codes(np.zeros(24, np.uint8), (1, 96), "x86_128")
-    with pytest.raises(FormatError, match="row4"):
+    with pytest.raises(FormatError, match="row4") as caught:
         i2s_codes(np.zeros(96, np.uint8), (3, 128), "row4")
+    assert "BITLLM_I2S_LAYOUT" in str(caught.value.hint)
 
 
 def settled(scales: object, group_size: int | None = None) -> TernaryBlocks:

@@ -20,7 +20,7 @@ from bitllm.formats.writers.mlx import plan_mlx
 from bitllm.formats.writers.texts import ModelTexts, read_texts
 from bitllm.ternary import dequantize, pack
 from model_directories import SUB_NORMS, published, sized_spec, write_huggingface
-from synthetic import random_checkpoint
+from synthetic import MemorySource, random_checkpoint
 
 mx = pytest.importorskip("mlx.core", reason="MLX runs on Linux and on Apple's machines")
 
@@ -104,6 +104,23 @@ def test_row_and_group_scales(group: int | None, tmp_path: Path) -> None:
     )
     write_directory(tmp_path / "model", plan_mlx(original, ModelTexts()).files)
     assert check(tmp_path / "model", original)[0] == (64 if group in (64, 192) else 128)
+
+
+def test_a_matrix_is_read_for_its_scales_and_for_its_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not again for each tensor of MLX that repeats the scales."""
+    original = random_checkpoint(sized_spec(101, **BITNET), 4)
+    read: list[str] = []
+    ternary = MemorySource.ternary
+
+    def counted(self: MemorySource, name: str) -> TernaryMatrix | None:
+        read.append(name)
+        return ternary(self, name)
+
+    monkeypatch.setattr(MemorySource, "ternary", counted)
+    write_directory(tmp_path / "model", plan_mlx(original, ModelTexts()).files)
+    assert read.count("layers.0.q") == 2
 
 
 def test_the_files_of_the_source_are_carried_over(tmp_path: Path) -> None:

@@ -252,7 +252,10 @@ def i2s_codes(data: U8, shape: tuple[int, int], layout: I2sLayout) -> U8:
 def _i2s_row4(data: U8, shape: tuple[int, int]) -> U8:
     out, width = shape
     if out % 4 or width % 4:
-        raise FormatError(f"the layout row4 of I2_S holds four rows in a byte, not {out} x {width}")
+        raise FormatError(
+            f"the layout row4 of I2_S holds four rows in a byte, not {out} x {width}",
+            hint="the file was written in another layout; unset BITLLM_I2S_LAYOUT",
+        )
     rows = data.reshape(out // 4, width)
     packed = np.empty((out // 4, 4, width // 4), np.uint8)
     for band in _bands(out // 4, width):

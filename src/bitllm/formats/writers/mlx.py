@@ -76,7 +76,9 @@ def plan_mlx(
         *(
             tensor
             for name, linear in spec.linear_names()
-            for tensor in _ternary_tensors(checkpoint, name, linear, group, scale_dtype)
+            for tensor in _ternary_tensors(
+                checkpoint, name, linear, group, scale_dtype, scales[name]
+            )
         ),
     ]
     files = [
@@ -129,8 +131,15 @@ def _small(stored_name: str, origin: str, tensor: DenseTensor) -> PlannedTensor:
 
 
 def _ternary_tensors(
-    checkpoint: Checkpoint, name: str, linear: LinearSpec, group: int, dtype: DenseDtype
+    checkpoint: Checkpoint,
+    name: str,
+    linear: LinearSpec,
+    group: int,
+    dtype: DenseDtype,
+    known: WeightScales,
 ) -> Iterator[PlannedTensor]:
+    # Most formats have to read a whole matrix for its scales; those of groups are too many to keep.
+    kept = known if known.group_size is None else None
     module = stored_names(checkpoint.spec)[name]
     words = (linear.out_features, linear.in_features // _CODES_IN_A_WORD)
     shape = (linear.out_features, linear.in_features // group)
@@ -142,7 +151,8 @@ def _ternary_tensors(
         checkpoint.release()
 
     def scales(sign: int) -> Chunks:
-        values = np.float32(sign) * _group_scales(checkpoint.scales(name), shape, group)
+        found = kept or checkpoint.scales(name)
+        values = np.float32(sign) * _group_scales(found, shape, group)
         yield from dense_chunks(round_to(values, dtype))
 
     yield PlannedTensor(f"{module}.weight", "U32", words, 4 * math.prod(words), name, codes)
