@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bitllm.engine.loading import load as load
     from bitllm.engine.outputs import Chunk as Chunk
     from bitllm.engine.outputs import Completion as Completion
+    from bitllm.engine.outputs import Score as Score
     from bitllm.engine.outputs import TokenLogprob as TokenLogprob
     from bitllm.engine.outputs import Usage as Usage
     from bitllm.errors import BackendUnavailableError as BackendUnavailableError
@@ -45,7 +46,7 @@ _HOMES = {
     "bitllm.config": ("EngineOptions", "SamplingParams"),
     "bitllm.engine.llm": ("LLM",),
     "bitllm.engine.loading": ("load",),
-    "bitllm.engine.outputs": ("Chunk", "Completion", "TokenLogprob", "Usage"),
+    "bitllm.engine.outputs": ("Chunk", "Completion", "Score", "TokenLogprob", "Usage"),
     "bitllm.errors": (
         "BackendUnavailableError",
         "BitllmError",
@@ -87,6 +88,7 @@ __all__ = [
     "NotTernaryError",
     "QuantizationError",
     "SamplingParams",
+    "Score",
     "TensorShapeError",
     "TokenLogprob",
     "TokenizerError",

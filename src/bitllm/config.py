@@ -23,6 +23,7 @@ __all__ = [
     "KvDtype",
     "PackingName",
     "SamplingParams",
+    "as_integer",
     "parse_size",
 ]
 
@@ -75,6 +76,8 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of ids generated at least once.
         logit_bias: id -> finite number added to its logit.
         logprobs: None = none; k >= 0 = the log-probability of each token and of the k likeliest.
+        prompt_logprobs: the same for the tokens of the prompt (its "echo"). `max_tokens` may then
+            be 0: nothing is generated.
     """
 
     max_tokens: int | None = None
@@ -92,9 +95,12 @@ class SamplingParams:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _integer(self, "max_tokens", low=1, optional=True)
+        _integer(self, "prompt_logprobs", low=0, optional=True)
+        fewest = 1 if self.prompt_logprobs is None else 0
+        _integer(self, "max_tokens", low=fewest, optional=True)
         _number(self, "temperature", low=0.0, high=1000.0, optional=True)
         # Below this, logits divided by the temperature leave the range of float32.
         if self.temperature is not None and 0 < self.temperature < 0.001:
@@ -136,14 +142,14 @@ class SamplingParams:
         ids: object = self.stop_token_ids
         if isinstance(ids, str) or not isinstance(ids, Sequence):
             raise ConfigError(f"stop_token_ids must be a list of token ids, got {ids!r}")
-        checked = tuple(_as_integer("stop_token_ids", token, low=0) for token in ids)
+        checked = tuple(as_integer("stop_token_ids", token, low=0) for token in ids)
         object.__setattr__(self, "stop_token_ids", checked)
 
     def _check_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
             raise ConfigError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         checked = {
-            _as_integer("logit_bias", token, low=0): _as_number("logit_bias", value)
+            as_integer("logit_bias", token, low=0): _as_number("logit_bias", value)
             for token, value in self.logit_bias.items()
         }
         object.__setattr__(self, "logit_bias", checked)
@@ -242,6 +248,23 @@ def parse_size(text: str) -> int:
     return size
 
 
+def as_integer(
+    name: str, value: Any, *, low: int, high: int | None = None, hint: str | None = None
+) -> int:
+    """Return `value` as an int.
+
+    Raises:
+        ConfigError: `name` is no whole number, or out of range.
+    """
+    wanted = f"at least {low}" if high is None else f"{low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{name} must be a whole number, {wanted}, got {value!r}", hint=hint)
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise ConfigError(f"{name} must be {wanted}, got {number}", hint=hint)
+    return number
+
+
 def _with_options(base: _Options, options: Mapping[str, Any], what: str) -> _Options:
     known = [item.name for item in dataclasses.fields(base)]
     for key in options:
@@ -263,7 +286,7 @@ def _integer(
 ) -> None:
     value = getattr(owner, name)
     if not (optional and value is None):
-        object.__setattr__(owner, name, _as_integer(name, value, low=low, high=high, hint=hint))
+        object.__setattr__(owner, name, as_integer(name, value, low=low, high=high, hint=hint))
 
 
 def _number(
@@ -284,18 +307,6 @@ def _number(
 def _boolean(owner: object, name: str) -> None:
     if not isinstance(getattr(owner, name), bool):
         raise ConfigError(f"{name} must be True or False, got {getattr(owner, name)!r}")
-
-
-def _as_integer(
-    name: str, value: Any, *, low: int, high: int | None = None, hint: str | None = None
-) -> int:
-    wanted = f"at least {low}" if high is None else f"{low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ConfigError(f"{name} must be a whole number, {wanted}, got {value!r}", hint=hint)
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        raise ConfigError(f"{name} must be {wanted}, got {number}", hint=hint)
-    return number
 
 
 def _as_number(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm.backends.base import Batch, OutputKind, SamplePlan
+from bitllm.engine.readout import Rows
 from bitllm.engine.request import Request
 from bitllm.engine.scheduler import Run
 from bitllm.engine.sequence import Sequence
@@ -38,13 +38,16 @@ class BatchBuilder:
         self._of_one = _shape([], [])
 
     def build(self, runs: Ordered[Run]) -> Batch:
-        """Return one step's batch; each run that `samples` asks for one SAMPLE, in order.
+        """Return one step's batch.
+
+        Each run asks for its `read_rows`, then, if it `samples`, for one SAMPLE.
 
         Args:
             runs: at least one, with blocks for all of their tokens.
         """
         sampling = [run.sequence for run in runs if run.samples]
-        if len(sampling) == len(runs) and all(run.length == 1 for run in runs):
+        reading = [(run.sequence.rows, rows) for run in runs if (rows := run.read_rows)]
+        if len(sampling) == len(runs) and not reading and all(run.length == 1 for run in runs):
             shape = self._shape_of_one(len(runs))
             tokens = [run.sequence.token_ids[run.sequence.computed] for run in runs]
             positions = [run.sequence.computed for run in runs]
@@ -64,6 +67,7 @@ class BatchBuilder:
             output_rows=shape.output_rows,
             output_kinds=shape.output_kinds,
             plan=self._plan_for(sampling),
+            **_scores(reading),
         )
 
     def _shape_of_one(self, count: int) -> _Shape:
@@ -100,19 +104,45 @@ def _lasts(sequence: Sequence) -> bool:
     return may_end and not request.penalised
 
 
-def _shape(lengths: Ordered[int], rows: Ordered[int]) -> _Shape:
+def _shape(lengths: Ordered[int], rows: Ordered[int], kinds: Ordered[int] | None = None) -> _Shape:
+    every_one = np.full(len(rows), OutputKind.SAMPLE, np.uint8)
     return _Shape(
         run_offsets=np.cumsum([0, *lengths], dtype=np.int32),
         adapter_slots=np.full(len(lengths), -1, np.int32),
         output_rows=np.array(rows, np.int32),
-        output_kinds=np.full(len(rows), OutputKind.SAMPLE, np.uint8),
+        output_kinds=every_one if kinds is None else np.array(kinds, np.uint8),
     )
 
 
 def _shape_of(runs: Ordered[Run]) -> _Shape:
-    ends = list(itertools.accumulate(run.length for run in runs))
-    rows = [end - 1 for run, end in zip(runs, ends, strict=True) if run.samples]
-    return _shape([run.length for run in runs], rows)
+    rows: list[int] = []
+    kinds: list[int] = []
+    end = 0
+    for run in runs:
+        start, end = end, end + run.length
+        if run.sequence.rows is not None:
+            offset = start - run.sequence.computed
+            rows += [position + offset for position in run.read_rows]
+            kinds += [run.sequence.rows.readout.kind] * len(run.read_rows)
+        if run.samples:
+            rows.append(end - 1)
+            kinds.append(OutputKind.SAMPLE)
+    return _shape([run.length for run in runs], rows, kinds)
+
+
+def _scores(reading: Ordered[tuple[Rows | None, range]]) -> dict[str, I32]:
+    """Return the fields of a batch that say what its SCORE rows score."""
+    targets: list[int] = []
+    top_n: list[int] = []
+    for rows, positions in reading:
+        if rows is not None and rows.readout.kind == OutputKind.SCORE:
+            first = positions.start - rows.readout.start
+            targets += rows.readout.targets[first : first + len(positions)]
+            top_n += [rows.readout.top_n] * len(positions)
+    return {
+        "score_targets": np.array(targets, np.int32),
+        "score_top_n": np.array(top_n, np.int32),
+    }
 
 
 def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitllm.backends.base import KV_BLOCK_SIZE, Decoder, StepOutput
+from bitllm.backends.base import KV_BLOCK_SIZE, Decoder, OutputKind, StepOutput
 from bitllm.engine.batch import BatchBuilder
 from bitllm.engine.blocks import BlockPool
 from bitllm.engine.outputs import Chunk, TokenLogprob
+from bitllm.engine.readout import Rows
 from bitllm.engine.request import Request
 from bitllm.engine.scheduler import Run, Scheduler
 from bitllm.engine.sequence import Sequence
@@ -75,14 +76,15 @@ class Engine:
             ContextOverflowError: the request needs more KV blocks than there are.
         """
         # The last token is drawn, but never computed.
-        longest = len(request.prompt_ids) + request.max_tokens - 1
+        longest = len(request.prompt_ids) + max(0, request.max_tokens - 1)
         if Sequence.blocks_for(longest) > self._pool.capacity:
             raise ContextOverflowError(
                 f"prompt and max_tokens need {longest} positions of KV cache, "
                 f"but it holds {self._pool.capacity * KV_BLOCK_SIZE}",
                 hint="lower max_tokens, or load the model with more kv_tokens",
             )
-        sequence = Sequence(request, self._make_detokenizer())
+        rows = None if request.readout is None else Rows(request.readout, self._decoder.spec)
+        sequence = Sequence(request, self._make_detokenizer(), rows)
         with self._lock:
             self._check_open()
             self._scheduler.add(sequence)
@@ -175,10 +177,15 @@ class Engine:
     def _apply(self, runs: list[Run], output: StepOutput) -> None:
         now = time.perf_counter()
         sampling = [run.sequence for run in runs if run.samples]
+        self._read_rows(runs, output, len(sampling), now)
         for run in runs:
             run.sequence.computed += run.length
+            if run.sequence.finished:
+                self._scheduler.remove(run.sequence)
         tokens = output.sampled.tolist()
         for index, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
+            if sequence.failure is not None:  # the scores of its prompt were no numbers
+                continue
             if token < 0:
                 sequence.fail()
                 self._scheduler.remove(sequence)
@@ -189,6 +196,30 @@ class Engine:
             sequence.append(token, logprob, now)
             if sequence.finished:
                 self._scheduler.remove(sequence)
+
+    def _read_rows(self, runs: list[Run], output: StepOutput, scored: int, now: float) -> None:
+        """Hand out what the rows of prompts have brought; `scored` SAMPLE rows are before them."""
+        taken = {OutputKind.HIDDEN: 0, OutputKind.LOGITS: 0, OutputKind.SCORE: scored}
+        for run in runs:
+            sequence, rows, count = run.sequence, run.sequence.rows, len(run.read_rows)
+            if rows is None:
+                continue
+            if count > 0:
+                kind = rows.readout.kind
+                part = slice(taken[kind], taken[kind] + count)
+                taken[kind] = part.stop
+                self._take_rows(sequence, rows, output, part)
+            if run.length == sequence.pending:
+                sequence.read(now)
+
+    def _take_rows(self, sequence: Sequence, rows: Rows, output: StepOutput, part: slice) -> None:
+        if rows.readout.kind != OutputKind.SCORE:
+            of_kind = output.hidden if rows.readout.kind == OutputKind.HIDDEN else output.logits
+            rows.take(of_kind[part])
+            return
+        rows.take(output.logprobs[part], output.top_ids[part], output.top_logprobs[part])
+        if np.isnan(output.logprobs[part]).any():
+            sequence.fail()
 
 
 def _logprob(output: StepOutput, index: int, token: int, top: int) -> TokenLogprob:

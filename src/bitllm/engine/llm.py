@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import itertools
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
-
-import numpy as np
 
 from bitllm.backends.base import Decoder, DecoderInfo
 from bitllm.checkpoint import ModelSpec
@@ -15,17 +15,16 @@ from bitllm.config import SamplingParams
 from bitllm.engine.engine import Engine
 from bitllm.engine.memory_plan import MemoryPlan
 from bitllm.engine.outputs import Chunk, Completion
+from bitllm.engine.prompt import Message, Prompt, is_one, token_ids_of
 from bitllm.engine.request import ModelDefaults, Request, describe_defaults, resolve_request
+from bitllm.engine.sequence import Sequence
+from bitllm.engine.token_access import TokenAccess
 from bitllm.errors import ConfigError
 from bitllm.tokenizer import StreamDetokenizer, Tokenizer
 
 __all__ = ["LLM", "Message", "Prompt", "SamplingOptions"]
 
-Prompt = str | Ordered[int]
-"""A text, or token ids that are used as they are."""
-
-Message = Mapping[str, Any]
-"""One turn of a chat: {"role": "user", "content": "..."}."""
+_AT_ONCE = 64  # sequences of a long job that are in the engine together
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -46,9 +45,10 @@ class SamplingOptions(TypedDict, total=False):
     presence_penalty: float
     logit_bias: Mapping[int, float]
     logprobs: int | None
+    prompt_logprobs: int | None
 
 
-class LLM:
+class LLM(TokenAccess):
     """A model ready to write; made by `bitllm.load`.
 
         llm = bitllm.load("microsoft/bitnet-b1.58-2B-4T")
@@ -141,8 +141,8 @@ class LLM:
             ContextOverflowError: prompt and `max_tokens` do not fit; raised before any work.
         """
         sampling = _sampling(params, options)
-        if _is_one(prompt):
-            return self._complete([self._request(cast(Prompt, prompt), sampling)])[0]
+        if is_one(prompt):
+            return self._complete([self._request(prompt, sampling)])[0]
         prompts = cast("list[Prompt]", prompt)
         return self._complete([self._request(each, sampling) for each in prompts])
 
@@ -157,7 +157,7 @@ class LLM:
 
         Leaving the loop early frees what the sequence held.
         """
-        if not _is_one(prompt):
+        if not is_one(prompt):
             raise ConfigError("stream takes one prompt", hint="use generate for a list of prompts")
         return self._chunks(self._request(prompt, _sampling(params, options)))
 
@@ -248,7 +248,7 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams, *, fill_context: bool = False
     ) -> Request:
         return resolve_request(
-            self.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt),
+            token_ids_of(prompt, self.tokenizer),
             params,
             self.defaults,
             vocab_size=self.spec.vocab_size,
@@ -257,16 +257,26 @@ class LLM:
         )
 
     def _complete(self, requests: list[Request]) -> list[Completion]:
-        sequences = []
+        return [each.completion() for each in self._run(requests, at_once=len(requests))]
+
+    def _run(
+        self, requests: Iterable[Request], *, at_once: int = _AT_ONCE
+    ) -> Generator[Sequence, None, None]:
+        """Yield the finished sequences of these requests in their order, `at_once` on their way."""
+        under_way: deque[Sequence] = deque()
+        coming = iter(requests)
         try:
-            for request in requests:
-                sequences.append(self._engine.add(request))
-            for sequence in sequences:
-                self._engine.finish(sequence)
+            while True:
+                for request in itertools.islice(coming, at_once - len(under_way)):
+                    under_way.append(self._engine.add(request))
+                if not under_way:
+                    return
+                self._engine.finish(under_way[0])
+                yield under_way[0]
+                self._engine.abort(under_way.popleft())
         finally:
-            for sequence in sequences:
+            for sequence in under_way:
                 self._engine.abort(sequence)
-        return [sequence.completion() for sequence in sequences]
 
     def _chunks(self, request: Request) -> Generator[Chunk, None, None]:
         sequence = self._engine.add(request)
@@ -281,30 +291,3 @@ def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> Samp
     if params is not None and not isinstance(params, SamplingParams):
         raise ConfigError(f"params must be SamplingParams, got {params!r}")
     return SamplingParams.from_options(options, params)
-
-
-def _is_one(prompt: object) -> bool:
-    """Whether this is a single prompt: a text, or ids, which are whole numbers."""
-    if isinstance(prompt, str):
-        return True
-    if isinstance(prompt, np.ndarray):
-        return prompt.ndim < 2
-    if not isinstance(prompt, Ordered):
-        raise ConfigError(
-            f"a prompt is a text or a list of token ids, got {type(prompt).__name__}",
-            hint="or a list of those",
-        )
-    return len(prompt) > 0 and not isinstance(prompt[0], str | Ordered | np.ndarray)
-
-
-def _token_ids(prompt: Ordered[int]) -> list[int]:
-    try:
-        ids = np.asarray(prompt)
-    except (ValueError, TypeError, OverflowError):  # lists of different depths
-        ids = np.empty((0, 0))
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ConfigError(
-            f"token ids must be whole numbers in one list, got {prompt!r:.80}",
-            hint="text prompts and token ids cannot be mixed in one list",
-        )
-    return [int(token) for token in ids]

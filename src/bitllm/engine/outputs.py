@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Chunk", "Completion", "FinishReason", "TokenLogprob", "Usage"]
+__all__ = ["Chunk", "Completion", "FinishReason", "Score", "TokenLogprob", "Usage"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -23,6 +23,21 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a continuation is after its prompt.
+
+    Attributes:
+        logprob: natural log-probability of all of its tokens together.
+        greedy: whether each of its tokens is the likeliest at its place.
+        tokens: one entry for each of its tokens.
+    """
+
+    logprob: float
+    greedy: bool
+    tokens: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +81,8 @@ class Completion:
         usage: tokens and time.
         seed: seed of the draws, also where none was given; None at temperature 0.
         logprobs: one entry for each of `token_ids`, or None if not asked for.
+        prompt_logprobs: one entry for each token of the prompt but the first, which nothing comes
+            before; None if not asked for.
     """
 
     text: str
@@ -74,6 +91,7 @@ class Completion:
     usage: Usage
     seed: int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -93,6 +111,7 @@ class Chunk:
         usage: tokens and time, in the last chunk.
         seed: as in `Completion`, in the last chunk.
         logprobs: one entry for each of `token_ids`, or None if not asked for.
+        prompt_logprobs: as in `Completion`, in the last chunk.
     """
 
     text: str
@@ -101,6 +120,7 @@ class Chunk:
     usage: Usage | None = None
     seed: int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from bitllm.backends.base import OutputKind
 from bitllm.config import SamplingParams
+from bitllm.engine.readout import Readout
 from bitllm.errors import ConfigError, ContextOverflowError
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "ModelDefaults",
     "Request",
     "describe_defaults",
+    "readout_request",
     "resolve_request",
 ]
 
@@ -50,7 +53,9 @@ class Request:
         prompt_ids: at least one id.
         stop_ids: ids that end the generation.
         banned_ids: ids that are not drawn before `min_tokens`.
+        max_tokens: 0 = nothing is drawn; then there is a `readout`.
         top_logprobs: -1 = no log-probabilities, else how many of the likeliest ids.
+        readout: what is wanted of the prompt itself.
 
     The rest is as in `SamplingParams`.
     """
@@ -71,6 +76,7 @@ class Request:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int = -1
+    readout: Readout | None = None
 
     @property
     def penalised(self) -> bool:
@@ -112,8 +118,9 @@ def resolve_request(
         raise ConfigError(
             "the prompt has no tokens", hint="give some text; this model adds no start token"
         )
-    if params.logprobs is not None and params.logprobs > vocab_size:
-        raise ConfigError(f"logprobs is {params.logprobs}, but there are only {vocab_size} tokens")
+    for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None and count > vocab_size:
+            raise ConfigError(f"{name} is {count}, but there are only {vocab_size} tokens")
     temperature = _or(params.temperature, defaults.temperature)
     own_stops = () if params.ignore_eos else (i for i in defaults.stop_ids if i < vocab_size)
     stop_ids = frozenset(params.stop_token_ids).union(own_stops)
@@ -134,7 +141,35 @@ def resolve_request(
         presence_penalty=params.presence_penalty,
         logit_bias=params.logit_bias,
         top_logprobs=-1 if params.logprobs is None else params.logprobs,
+        readout=_prompt_readout(prompt_ids, params.prompt_logprobs),
     )
+
+
+def readout_request(
+    token_ids: Sequence[int], readout: Readout, vocab_size: int, context: int
+) -> Request:
+    """Return the request that reads rows of a text and writes nothing.
+
+    Args:
+        token_ids: the text.
+        readout: which rows, and what of them.
+        vocab_size: ids are 0 .. vocab_size - 1.
+        context: most tokens of a text.
+
+    Raises:
+        ConfigError: no tokens, or an id outside the vocabulary.
+        ContextOverflowError: the text does not fit into the context.
+    """
+    if not token_ids:
+        raise ConfigError("the text has no tokens", hint="this model adds no start token")
+    _check_ids("the text", token_ids, vocab_size)
+    _check_ids("the continuation", readout.targets, vocab_size)
+    if len(token_ids) > context:
+        raise ContextOverflowError(
+            f"the text has {len(token_ids)} tokens, but the context holds {context}",
+            hint="shorten the text, or load the model with a larger context",
+        )
+    return Request(prompt_ids=tuple(token_ids), max_tokens=0, readout=readout)
 
 
 def describe_defaults(defaults: ModelDefaults) -> str:
@@ -146,6 +181,13 @@ def describe_defaults(defaults: ModelDefaults) -> str:
         if item.name not in ("temperature", "stop_ids") and value != getattr(neutral, item.name):
             parts.append(f"{item.name}={value:g}")
     return ", ".join(parts)
+
+
+def _prompt_readout(prompt_ids: Sequence[int], top_n: int | None) -> Readout | None:
+    if top_n is None:
+        return None
+    targets = tuple(prompt_ids[1:])
+    return Readout(OutputKind.SCORE, 0, len(targets), targets, top_n)
 
 
 def _or(value: _Value | None, default: _Value) -> _Value:

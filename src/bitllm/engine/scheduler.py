@@ -21,7 +21,13 @@ class Run:
     @property
     def samples(self) -> bool:
         """Whether this run ends with the last known token, so that the next is drawn."""
-        return self.length == self.sequence.pending
+        return self.sequence.draws and self.length == self.sequence.pending
+
+    @property
+    def read_rows(self) -> range:
+        """Positions in this run whose rows the request wants to have read."""
+        start, rows = self.sequence.computed, self.sequence.rows
+        return range(0) if rows is None else rows.wanted(start, start + self.length)
 
 
 class Scheduler:
@@ -72,7 +78,7 @@ class Scheduler:
         budget = self._max_batch_tokens
         while len(runs) < len(self._running) and budget > 0:
             sequence = self._running[len(runs)]
-            length = min(sequence.pending, budget)
+            length = sequence.next_length(budget)
             needed = sequence.blocks_for(sequence.computed + length) - len(sequence.block_ids)
             while needed > self._pool.available and self._running[-1] is not sequence:
                 self._preempt_youngest()
@@ -84,7 +90,7 @@ class Scheduler:
         while self._waiting and budget > 0 and self._fits(self._waiting[0]):
             sequence = self._waiting.popleft()
             self._running.append(sequence)
-            length = min(sequence.pending, budget)
+            length = sequence.next_length(budget)
             self._take(sequence, sequence.blocks_for(length))
             runs.append(Run(sequence, length))
             budget -= length

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from bitllm.backends.base import KV_BLOCK_SIZE
+from bitllm.backends.base import KV_BLOCK_SIZE, OutputKind
 from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, Usage
+from bitllm.engine.readout import Rows, longest_run
 from bitllm.engine.request import Request
 from bitllm.engine.text import Detokenizer, TextStream
 from bitllm.errors import BitllmError, CheckpointError, ConfigError
@@ -28,15 +29,19 @@ class Sequence:
         block_ids: KV blocks held, in order of position.
         finish_reason: None while it runs.
         failure: why no further token can be drawn, None if nothing went wrong.
+        rows: what was asked of the rows of the prompt, None if nothing was.
     """
 
-    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
+    def __init__(
+        self, request: Request, detokenizer: Detokenizer, rows: Rows | None = None
+    ) -> None:
         self.request = request
         self.token_ids = list(request.prompt_ids)
         self.computed = 0
         self.block_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.failure: BitllmError | None = None
+        self.rows = rows
         self.seen = dict.fromkeys(request.prompt_ids, 0) if request.penalised else {}
         longest = len(request.prompt_ids) + request.max_tokens
         self._table = np.full(self.blocks_for(longest), -1, np.int32)
@@ -65,6 +70,23 @@ class Sequence:
     def pending(self) -> int:
         """Tokens not computed yet; 1 while decoding."""
         return len(self.token_ids) - self.computed
+
+    @property
+    def draws(self) -> bool:
+        """Whether the row of its last token draws the next one."""
+        return self.request.max_tokens > 0
+
+    @property
+    def skippable(self) -> int:
+        """Leading tokens whose rows nobody wants: a cached prefix may stand in for them."""
+        known = len(self.token_ids) - 1
+        if self.rows is None or self.rows.complete:
+            return known
+        return min(known, self.rows.readout.start + self.rows.done)
+
+    def next_length(self, budget: int) -> int:
+        """Return how many of its pending tokens the next step computes, at most `budget`."""
+        return min(self.pending, longest_run(self.rows, budget))
 
     @property
     def finished(self) -> bool:
@@ -111,6 +133,13 @@ class Sequence:
             self._stream.finish()
             self.finish_reason = "length"
 
+    def read(self, now: float) -> None:
+        """End where nothing is to be drawn and the last of the wanted rows is there."""
+        self._times[2] = now
+        if not self.draws and self.rows is not None and self.rows.complete:
+            self._times[1] = now
+            self.finish_reason = "length"
+
     def fail(self) -> None:
         """End without a result: the decoder found no token that may be drawn."""
         if self.request.banned_ids and self.generated < self.request.min_tokens:
@@ -145,6 +174,7 @@ class Sequence:
             usage=self._usage(),
             seed=self._seed(),
             logprobs=logprobs,
+            prompt_logprobs=self._prompt_logprobs(),
         )
 
     def completion(self) -> Completion:
@@ -158,7 +188,18 @@ class Sequence:
             usage=self._usage(),
             seed=self._seed(),
             logprobs=tuple(self._logprobs) if self.request.top_logprobs >= 0 else None,
+            prompt_logprobs=self._prompt_logprobs(),
         )
+
+    def rows_read(self) -> Rows:
+        """Return the rows of a finished request that wanted some."""
+        if self.rows is None or not self.rows.complete:
+            raise RuntimeError("the sequence has no rows, or not all of them")
+        return self.rows
+
+    def _prompt_logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        scored = self.rows is not None and self.rows.readout.kind == OutputKind.SCORE
+        return self.rows.logprobs() if self.rows is not None and scored else None
 
     def _seed(self) -> int | None:
         return self.request.seed if self.request.temperature > 0 else None
