@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitllm.config import EngineOptions as EngineOptions
     from bitllm.config import SamplingParams as SamplingParams
+    from bitllm.engine.async_llm import AsyncLLM as AsyncLLM
     from bitllm.engine.llm import LLM as LLM
     from bitllm.engine.loading import load as load
     from bitllm.engine.outputs import Chunk as Chunk
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "bitllm.config": ("EngineOptions", "SamplingParams"),
+    "bitllm.engine.async_llm": ("AsyncLLM",),
     "bitllm.engine.llm": ("LLM",),
     "bitllm.engine.loading": ("load",),
     "bitllm.engine.outputs": ("Chunk", "Completion", "Score", "TokenLogprob", "Usage"),
@@ -71,6 +73,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BackendUnavailableError",
     "BitllmError",
     "ChatTemplateError",

@@ -121,6 +121,30 @@ class Engine:
                     return chunk
                 self._step()
 
+    def advance(self) -> bool:
+        """Make a step for whoever has sequences here; return whether there was anything to do.
+
+        Raises:
+            ConfigError: the engine is closed.
+        """
+        with self._lock:
+            self._check_open()
+            if len(self._scheduler) == 0:
+                return False
+            self._step()
+            return True
+
+    def pause(self, sequence: Sequence) -> None:
+        """Let a sequence make no steps and hold no blocks until `resume`."""
+        with self._lock:
+            self._scheduler.remove(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Queue a paused sequence again; its tokens are computed again and it goes on."""
+        with self._lock:
+            if not sequence.finished:
+                self._scheduler.add(sequence)
+
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence and free its blocks at once."""
         self._aborted.append(sequence)

@@ -22,7 +22,7 @@ from bitllm.engine.token_access import TokenAccess
 from bitllm.errors import ConfigError
 from bitllm.tokenizer import StreamDetokenizer, Tokenizer
 
-__all__ = ["LLM", "Message", "Prompt", "SamplingOptions"]
+__all__ = ["LLM", "Message", "Prompt", "SamplingOptions", "sampling_of"]
 
 _AT_ONCE = 64  # sequences of a long job that are in the engine together
 
@@ -140,11 +140,11 @@ class LLM(TokenAccess):
             ConfigError: an option that does not exist or is out of range, an empty prompt.
             ContextOverflowError: prompt and `max_tokens` do not fit; raised before any work.
         """
-        sampling = _sampling(params, options)
+        sampling = sampling_of(params, options)
         if is_one(prompt):
-            return self._complete([self._request(prompt, sampling)])[0]
+            return self._complete([self.prepare(prompt, sampling)])[0]
         prompts = cast("list[Prompt]", prompt)
-        return self._complete([self._request(each, sampling) for each in prompts])
+        return self._complete([self.prepare(each, sampling) for each in prompts])
 
     def stream(
         self,
@@ -159,7 +159,7 @@ class LLM(TokenAccess):
         """
         if not is_one(prompt):
             raise ConfigError("stream takes one prompt", hint="use generate for a list of prompts")
-        return self._chunks(self._request(prompt, _sampling(params, options)))
+        return self._chunks(self.prepare(prompt, sampling_of(params, options)))
 
     @overload
     def chat(
@@ -201,11 +201,37 @@ class LLM(TokenAccess):
             ChatTemplateError: the model has no chat template, or it refuses these messages.
             ConfigError, ContextOverflowError: as in `generate`.
         """
+        request = self.prepare_chat(messages, sampling_of(params, options))
+        return self._chunks(request) if stream else self._complete([request])[0]
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, fill_context: bool = False
+    ) -> Request:
+        """Return the request that a prompt and parameters mean for this model.
+
+        Args:
+            prompt: a text or its token ids.
+            params: how to continue.
+            fill_context: let `max_tokens`, where nobody gave it, be the rest of the context.
+
+        Raises:
+            ConfigError, ContextOverflowError: as in `generate`.
+        """
+        return resolve_request(
+            token_ids_of(prompt, self.tokenizer),
+            params,
+            self.defaults,
+            vocab_size=self.spec.vocab_size,
+            context=self.context,
+            fill_context=fill_context,
+        )
+
+    def prepare_chat(self, messages: str | Ordered[Message], params: SamplingParams) -> Request:
+        """Return the request for an answer to a chat; errors as in `chat`."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         ids = self.tokenizer.encode_chat(messages)
-        request = self._request(ids, _sampling(params, options), fill_context=True)
-        return self._chunks(request) if stream else self._complete([request])[0]
+        return self.prepare(ids, params, fill_context=True)
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Return the token ids of a text, with the start token where the model has one."""
@@ -214,6 +240,11 @@ class LLM(TokenAccess):
     def decode(self, token_ids: Ordered[int], *, skip_special: bool = True) -> str:
         """Return the text of token ids, without special tokens unless asked."""
         return self.tokenizer.decode([int(token) for token in token_ids], skip_special=skip_special)
+
+    @property
+    def engine(self) -> Engine:
+        """What makes the steps; for code that drives it itself, as `AsyncLLM` does."""
+        return self._engine
 
     @property
     def free_blocks(self) -> int:
@@ -242,18 +273,6 @@ class LLM(TokenAccess):
             f"<LLM {self.name!r} on {self.info.backend} ({self.info.kernel}, {threads}), "
             f"context {self.context}, defaults: {describe_defaults(self.defaults)}, "
             f"stop_ids={sorted(self.defaults.stop_ids)}{state}>"
-        )
-
-    def _request(
-        self, prompt: Prompt, params: SamplingParams, *, fill_context: bool = False
-    ) -> Request:
-        return resolve_request(
-            token_ids_of(prompt, self.tokenizer),
-            params,
-            self.defaults,
-            vocab_size=self.spec.vocab_size,
-            context=self.context,
-            fill_context=fill_context,
         )
 
     def _complete(self, requests: list[Request]) -> list[Completion]:
@@ -287,7 +306,12 @@ class LLM(TokenAccess):
             self._engine.abort(sequence)
 
 
-def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+def sampling_of(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    """Return `params` (None = all defaults) with single options set.
+
+    Raises:
+        ConfigError: an option that does not exist or is out of range.
+    """
     if params is not None and not isinstance(params, SamplingParams):
         raise ConfigError(f"params must be SamplingParams, got {params!r}")
     return SamplingParams.from_options(options, params)
