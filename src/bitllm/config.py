@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,16 @@ class SamplingParams:
         logprobs: None = none; k >= 0 = the log-probability of each token and of the k likeliest.
         prompt_logprobs: the same for the tokens of the prompt (its "echo"). `max_tokens` may then
             be 0: nothing is generated.
+        json_schema: the text is JSON of this schema, without white space between its parts; a
+            dictionary, or its JSON text.
+        regex: the whole text matches this regular expression, in the syntax of Rust.
+        grammar: the text is derived from the rule `start` of this Lark grammar, or from the rule
+            `root` of this GBNF grammar.
+        choice: the text is one of these strings.
+
+    Of the last four, one at most. What they ask for holds for a text that ends by itself, with
+    finish_reason "stop"; `max_tokens`, stop strings and own stop ids may cut it short, and where
+    it is complete `min_tokens` does not prolong it.
     """
 
     max_tokens: int | None = None
@@ -96,6 +107,10 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | None = field(default=None, hash=False)
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         _integer(self, "prompt_logprobs", low=0, optional=True)
@@ -127,6 +142,7 @@ class SamplingParams:
         _integer(self, "logprobs", low=0, optional=True)
         self._check_stops()
         self._check_bias()
+        self._check_form()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ConfigError(
                 f"min_tokens is {self.min_tokens}, but max_tokens only {self.max_tokens}"
@@ -153,6 +169,20 @@ class SamplingParams:
             for token, value in self.logit_bias.items()
         }
         object.__setattr__(self, "logit_bias", checked)
+
+    def _check_form(self) -> None:
+        forms = ("json_schema", "regex", "grammar", "choice")
+        given = [name for name in forms if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} cannot be asked for together")
+        for name in ("regex", "grammar"):
+            text = getattr(self, name)
+            if text is not None and (not isinstance(text, str) or not text):
+                raise ConfigError(f"{name} must be a text that is not empty, got {text!r:.80}")
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -246,6 +276,31 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ConfigError(f"{text!r} is less than one byte")
     return size
+
+
+def _schema_text(schema: object) -> str:
+    """Return a JSON schema as text."""
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(parsed, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"json_schema is no JSON: {error}") from error
+    if not isinstance(parsed, Mapping):
+        raise ConfigError(
+            f"json_schema must be a JSON object, got {schema!r:.80}",
+            hint='any JSON object is {"type": "object"}',
+        )
+    return text
+
+
+def _choices(choice: object) -> tuple[str, ...]:
+    texts = () if isinstance(choice, str) or not isinstance(choice, Sequence) else tuple(choice)
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(
+            f"choice must be a list of strings that are not empty, got {choice!r:.80}"
+        )
+    return texts
 
 
 def as_integer(

@@ -101,7 +101,7 @@ def _lasts(sequence: Sequence) -> bool:
     """Whether the plan for this sequence says the same at each token to come, but for its place."""
     request = sequence.request
     may_end = not request.banned_ids or sequence.generated >= request.min_tokens
-    return may_end and not request.penalised
+    return may_end and not request.penalised and sequence.form is None
 
 
 def _shape(lengths: Ordered[int], rows: Ordered[int], kinds: Ordered[int] | None = None) -> _Shape:
@@ -195,15 +195,22 @@ def _ragged_ids(rows: Ordered[Mapping[int, float]]) -> tuple[I32, I32]:
 
 
 def _masks(sequences: Ordered[Sequence], vocab_size: int) -> tuple[npt.NDArray[np.uint32], I32]:
-    """Return a mask row for each sequence that may not end yet: all ids but its stop ids."""
+    """Return a mask row for each sequence of a grammar, or that may not end yet."""
     rows = np.full(len(sequences), -1, np.int32)
     masks: list[npt.NDArray[np.uint32]] = []
     for index, sequence in enumerate(sequences):
-        request = sequence.request
-        if request.banned_ids and sequence.generated < request.min_tokens:
-            rows[index] = len(masks)
+        request, form = sequence.request, sequence.form
+        early = sequence.generated < request.min_tokens
+        if form is not None:
+            mask = form.mask.copy()
+        elif early and request.banned_ids:
             mask = np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
-            for token in request.banned_ids:
-                mask[token // 32] &= np.uint32(~(1 << (token % 32)) & 0xFFFFFFFF)
-            masks.append(mask)
+        else:
+            continue
+        for token in request.banned_ids if early else ():
+            mask[token // 32] &= np.uint32(~(1 << (token % 32)) & 0xFFFFFFFF)
+        for token in request.stop_ids if form is not None and form.may_end and not early else ():
+            mask[token // 32] |= np.uint32(1 << (token % 32))
+        rows[index] = len(masks)
+        masks.append(mask)
     return np.array(masks, np.uint32).reshape(len(masks), -(-vocab_size // 32)), rows

@@ -13,6 +13,7 @@ from bitllm.backends.base import Decoder, DecoderInfo
 from bitllm.checkpoint import ModelSpec
 from bitllm.config import SamplingParams
 from bitllm.engine.engine import Engine
+from bitllm.engine.grammar import GrammarCompiler
 from bitllm.engine.memory_plan import MemoryPlan
 from bitllm.engine.outputs import Chunk, Completion
 from bitllm.engine.prompt import Message, Prompt, is_one, token_ids_of
@@ -46,6 +47,10 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     logprobs: int | None
     prompt_logprobs: int | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    grammar: str | None
+    choice: Ordered[str] | None
 
 
 class LLM(TokenAccess):
@@ -97,6 +102,7 @@ class LLM(TokenAccess):
         self.plan = plan
         self.spec: ModelSpec = decoder.spec
         self.info: DecoderInfo = decoder.info
+        self._grammars = GrammarCompiler(tokenizer, self.spec.vocab_size)
         self._engine = Engine(
             decoder, lambda: StreamDetokenizer(tokenizer), max_batch_tokens=max_batch_tokens
         )
@@ -224,6 +230,7 @@ class LLM(TokenAccess):
             vocab_size=self.spec.vocab_size,
             context=self.context,
             fill_context=fill_context,
+            grammar=self._grammars.compile(params),
         )
 
     def prepare_chat(self, messages: str | Ordered[Message], params: SamplingParams) -> Request:

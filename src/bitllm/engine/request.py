@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from bitllm.backends.base import OutputKind
 from bitllm.config import SamplingParams
+from bitllm.engine.grammar import Grammar
 from bitllm.engine.readout import Readout
 from bitllm.errors import ConfigError, ContextOverflowError
 
@@ -56,6 +57,7 @@ class Request:
         max_tokens: 0 = nothing is drawn; then there is a `readout`.
         top_logprobs: -1 = no log-probabilities, else how many of the likeliest ids.
         readout: what is wanted of the prompt itself.
+        grammar: the form of the text, None = free.
 
     The rest is as in `SamplingParams`.
     """
@@ -77,6 +79,7 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int = -1
     readout: Readout | None = None
+    grammar: Grammar | None = None
 
     @property
     def penalised(self) -> bool:
@@ -96,6 +99,7 @@ def resolve_request(
     vocab_size: int,
     context: int,
     fill_context: bool = False,
+    grammar: Grammar | None = None,
 ) -> Request:
     """Return the request that these parameters mean for this model.
 
@@ -106,6 +110,7 @@ def resolve_request(
         vocab_size: ids are 0 .. vocab_size - 1.
         context: most tokens of prompt and output together.
         fill_context: let `max_tokens`, where nobody gave it, be the rest of the context.
+        grammar: what `params` say about the form of the text, compiled.
 
     Raises:
         ConfigError: an empty prompt, or an id outside the vocabulary.
@@ -142,6 +147,7 @@ def resolve_request(
         logit_bias=params.logit_bias,
         top_logprobs=-1 if params.logprobs is None else params.logprobs,
         readout=_prompt_readout(prompt_ids, params.prompt_logprobs),
+        grammar=grammar,
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm.backends.base import KV_BLOCK_SIZE, OutputKind
+from bitllm.engine.grammar import GrammarState
 from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, Usage
 from bitllm.engine.readout import Rows, longest_run
 from bitllm.engine.request import Request
@@ -30,6 +31,7 @@ class Sequence:
         finish_reason: None while it runs.
         failure: why no further token can be drawn, None if nothing went wrong.
         rows: what was asked of the rows of the prompt, None if nothing was.
+        form: what may come next by the request's grammar, None if everything may.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.failure: BitllmError | None = None
         self.rows = rows
+        self.form = None if request.grammar is None else request.grammar.start()
         self.seen = dict.fromkeys(request.prompt_ids, 0) if request.penalised else {}
         longest = len(request.prompt_ids) + request.max_tokens
         self._table = np.full(self.blocks_for(longest), -1, np.int32)
@@ -132,6 +135,15 @@ class Sequence:
         elif self.generated >= request.max_tokens:
             self._stream.finish()
             self.finish_reason = "length"
+        elif self.form is not None:
+            self._take_form(self.form, token_id)
+
+    def _take_form(self, form: GrammarState, token_id: int) -> None:
+        form.accept(token_id)
+        self.failure = form.error
+        if form.complete:
+            self._stream.finish()
+            self.finish_reason = "stop"
 
     def read(self, now: float) -> None:
         """End where nothing is to be drawn and the last of the wanted rows is there."""

@@ -113,6 +113,10 @@ class Tokenizer:
         """The source of the chat template, or None."""
         return self._template_source
 
+    def to_json(self) -> str:
+        """Return the text of a tokenizer.json, with the tokens that other files added."""
+        return self._backend.to_str()
+
     def token(self, token_id: int) -> str | None:
         """Return the token with this id as the vocabulary writes it, or None."""
         try:
