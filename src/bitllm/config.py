@@ -64,6 +64,9 @@ class SamplingParams:
         top_p: sample among the fewest tokens whose probabilities reach this sum, in (0, 1].
             Neutral: 1.
         min_p: drop tokens less likely than this fraction of the likeliest, in [0, 1]. Neutral: 0.
+        typical_p: sample among the tokens that are about as surprising as the model expects, the
+            fewest whose probabilities reach this sum (locally typical sampling, Meister et al.
+            2022), in (0, 1]. Neutral: 1.
         seed: 0 to 2**64 - 1; the same seed gives the same text on every machine. None = drawn from
             the operating system and reported in the `Completion`.
         stop: a string, or several; generation ends before the first of them that is completed.
@@ -96,6 +99,7 @@ class SamplingParams:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -133,6 +137,7 @@ class SamplingParams:
         )
         _number(self, "top_p", low=0.0, high=1.0, above=True, optional=True)
         _number(self, "min_p", low=0.0, high=1.0, optional=True)
+        _number(self, "typical_p", low=0.0, high=1.0, above=True, optional=True)
         _integer(self, "seed", low=0, high=2**64 - 1, optional=True)
         _boolean(self, "ignore_eos")
         _integer(self, "min_tokens", low=0)

@@ -158,6 +158,7 @@ def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
         top_k=np.array([each.top_k for each in requests], np.int32),
         top_p=np.array([each.top_p for each in requests], np.float32),
         min_p=np.array([each.min_p for each in requests], np.float32),
+        typical_p=np.array([each.typical_p for each in requests], np.float32),
         seed=np.array([each.seed for each in requests], np.uint64),
         choice=np.zeros(len(requests), np.int32),
         position=np.array([sequence.generated for sequence in sequences], np.int32),

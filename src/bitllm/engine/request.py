@@ -41,6 +41,7 @@ class ModelDefaults:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     max_tokens: int | None = None
     stop_ids: frozenset[int] = frozenset()
@@ -58,6 +59,7 @@ class Request:
         top_logprobs: -1 = no log-probabilities, else how many of the likeliest ids.
         readout: what is wanted of the prompt itself.
         grammar: the form of the text, None = free.
+        tool_names: functions whose calls are looked for in the text.
 
     The rest is as in `SamplingParams`.
     """
@@ -68,6 +70,7 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
@@ -80,6 +83,7 @@ class Request:
     top_logprobs: int = -1
     readout: Readout | None = None
     grammar: Grammar | None = None
+    tool_names: frozenset[str] = frozenset()
 
     @property
     def penalised(self) -> bool:
@@ -136,6 +140,7 @@ def resolve_request(
         top_k=_or(params.top_k, defaults.top_k),
         top_p=_or(params.top_p, defaults.top_p),
         min_p=_or(params.min_p, defaults.min_p),
+        typical_p=_or(params.typical_p, defaults.typical_p),
         seed=_seed(params.seed) if temperature > 0 else 0,
         stop_strings=params.stop_strings,
         stop_ids=stop_ids,
