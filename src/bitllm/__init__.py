@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitllm.engine.outputs import Completion as Completion
     from bitllm.engine.outputs import Score as Score
     from bitllm.engine.outputs import TokenLogprob as TokenLogprob
+    from bitllm.engine.outputs import ToolCall as ToolCall
     from bitllm.engine.outputs import Usage as Usage
     from bitllm.errors import BackendUnavailableError as BackendUnavailableError
     from bitllm.errors import BitllmError as BitllmError
@@ -48,7 +49,7 @@ _HOMES = {
     "bitllm.engine.async_llm": ("AsyncLLM",),
     "bitllm.engine.llm": ("LLM",),
     "bitllm.engine.loading": ("load",),
-    "bitllm.engine.outputs": ("Chunk", "Completion", "Score", "TokenLogprob", "Usage"),
+    "bitllm.engine.outputs": ("Chunk", "Completion", "Score", "TokenLogprob", "ToolCall", "Usage"),
     "bitllm.errors": (
         "BackendUnavailableError",
         "BitllmError",
@@ -95,6 +96,7 @@ __all__ = [
     "TensorShapeError",
     "TokenLogprob",
     "TokenizerError",
+    "ToolCall",
     "TrainingError",
     "UnsupportedModelError",
     "Usage",

@@ -8,7 +8,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
 from collections.abc import Sequence as Ordered
 from os import PathLike
 from types import TracebackType
@@ -27,6 +27,7 @@ from bitllm.engine.request import Request
 from bitllm.engine.scoring import Pooling
 from bitllm.engine.sequence import Sequence
 from bitllm.engine.token_access import TokenAccess
+from bitllm.engine.tools import ToolChoice
 from bitllm.errors import ConfigError
 
 __all__ = ["AsyncLLM", "ChunkStream"]
@@ -135,6 +136,8 @@ class AsyncLLM:
         messages: str | Ordered[Message],
         *,
         stream: Literal[False] = False,
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Coroutine[Any, Any, Completion]: ...
@@ -145,6 +148,8 @@ class AsyncLLM:
         messages: str | Ordered[Message],
         *,
         stream: Literal[True],
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> ChunkStream: ...
@@ -154,6 +159,8 @@ class AsyncLLM:
         messages: str | Ordered[Message],
         *,
         stream: bool = False,
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Coroutine[Any, Any, Completion] | ChunkStream:
@@ -164,7 +171,7 @@ class AsyncLLM:
         sampling = sampling_of(params, options)
 
         def prepare() -> Request:
-            return self.llm.prepare_chat(messages, sampling)
+            return self.llm.prepare_chat(messages, sampling, tools, tool_choice)
 
         return ChunkStream(self._thread, prepare) if stream else self._answer(prepare)
 

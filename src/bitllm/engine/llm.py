@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Ordered
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
 
@@ -20,6 +21,7 @@ from bitllm.engine.prompt import Message, Prompt, is_one, token_ids_of
 from bitllm.engine.request import ModelDefaults, Request, describe_defaults, resolve_request
 from bitllm.engine.sequence import Sequence
 from bitllm.engine.token_access import TokenAccess
+from bitllm.engine.tools import ToolChoice, constrain_call, read_tools, tool_prompt
 from bitllm.errors import ConfigError
 from bitllm.tokenizer import StreamDetokenizer, Tokenizer
 
@@ -36,6 +38,7 @@ class SamplingOptions(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
     seed: int | None
     stop: str | Ordered[str]
     stop_token_ids: Ordered[int]
@@ -173,6 +176,8 @@ class LLM(TokenAccess):
         messages: str | Ordered[Message],
         *,
         stream: Literal[False] = False,
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion: ...
@@ -183,6 +188,8 @@ class LLM(TokenAccess):
         messages: str | Ordered[Message],
         *,
         stream: Literal[True],
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Chunk]: ...
@@ -192,6 +199,8 @@ class LLM(TokenAccess):
         messages: str | Ordered[Message],
         *,
         stream: bool = False,
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion | Iterator[Chunk]:
@@ -200,6 +209,11 @@ class LLM(TokenAccess):
         Args:
             messages: the turns so far, each {"role": ..., "content": ...}; a text is one user turn.
             stream: yield `Chunk`s instead of returning a `Completion`.
+            tools: functions the model may call, each {"type": "function", "function": {"name",
+                "description", "parameters"}}; what it calls is in `tool_calls` of the result.
+            tool_choice: "auto"; "none"; "required" = it must call one; or {"type": "function",
+                "function": {"name": ...}} = it must call this one. A call it must make has
+                arguments that fit their JSON schema, unless `max_tokens` cuts it short.
             params: how to answer; single options override it.
             **options: fields of `SamplingParams`.
 
@@ -207,7 +221,7 @@ class LLM(TokenAccess):
             ChatTemplateError: the model has no chat template, or it refuses these messages.
             ConfigError, ContextOverflowError: as in `generate`.
         """
-        request = self.prepare_chat(messages, sampling_of(params, options))
+        request = self.prepare_chat(messages, sampling_of(params, options), tools, tool_choice)
         return self._chunks(request) if stream else self._complete([request])[0]
 
     def prepare(
@@ -233,12 +247,23 @@ class LLM(TokenAccess):
             grammar=self._grammars.compile(params),
         )
 
-    def prepare_chat(self, messages: str | Ordered[Message], params: SamplingParams) -> Request:
-        """Return the request for an answer to a chat; errors as in `chat`."""
+    def prepare_chat(
+        self,
+        messages: str | Ordered[Message],
+        params: SamplingParams,
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
+    ) -> Request:
+        """Return the request for an answer to a chat; arguments and errors as in `chat`."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        ids = self.tokenizer.encode_chat(messages)
-        return self.prepare(ids, params, fill_context=True)
+        callable_tools, forced = read_tools(tools, tool_choice)
+        if forced:
+            params = constrain_call(params, callable_tools, self.tokenizer)
+        ids = tool_prompt(messages, callable_tools, self.tokenizer)
+        request = self.prepare(ids, params, fill_context=True)
+        names = frozenset(tool.name for tool in callable_tools)
+        return replace(request, tool_names=names) if names else request
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Return the token ids of a text, with the start token where the model has one."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["Chunk", "Completion", "FinishReason", "Score", "TokenLogprob", "Usage"]
+__all__ = ["Chunk", "Completion", "FinishReason", "Score", "TokenLogprob", "ToolCall", "Usage"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -38,6 +39,20 @@ class Score:
     logprob: float
     greedy: bool
     tokens: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the model wants to have called.
+
+    Attributes:
+        name: one of the names that were given.
+        arguments: as the model wrote them; checked against the schema only where the call was
+            forced.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,7 @@ class Completion:
         logprobs: one entry for each of `token_ids`, or None if not asked for.
         prompt_logprobs: one entry for each token of the prompt but the first, which nothing comes
             before; None if not asked for.
+        tool_calls: the calls in the text, where `chat` was given tools.
     """
 
     text: str
@@ -92,6 +108,7 @@ class Completion:
     seed: int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -112,6 +129,7 @@ class Chunk:
         seed: as in `Completion`, in the last chunk.
         logprobs: one entry for each of `token_ids`, or None if not asked for.
         prompt_logprobs: as in `Completion`, in the last chunk.
+        tool_calls: as in `Completion`, in the last chunk.
     """
 
     text: str
@@ -121,6 +139,7 @@ class Chunk:
     seed: int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     def __str__(self) -> str:
         return self.text

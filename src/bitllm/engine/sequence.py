@@ -7,10 +7,11 @@ import numpy.typing as npt
 
 from bitllm.backends.base import KV_BLOCK_SIZE, OutputKind
 from bitllm.engine.grammar import GrammarState
-from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, Usage
+from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, ToolCall, Usage
 from bitllm.engine.readout import Rows, longest_run
 from bitllm.engine.request import Request
 from bitllm.engine.text import Detokenizer, TextStream
+from bitllm.engine.tools import parse_calls
 from bitllm.errors import BitllmError, CheckpointError, ConfigError
 
 __all__ = ["Sequence"]
@@ -187,6 +188,7 @@ class Sequence:
             seed=self._seed(),
             logprobs=logprobs,
             prompt_logprobs=self._prompt_logprobs(),
+            tool_calls=self._tool_calls(),
         )
 
     def completion(self) -> Completion:
@@ -201,7 +203,12 @@ class Sequence:
             seed=self._seed(),
             logprobs=tuple(self._logprobs) if self.request.top_logprobs >= 0 else None,
             prompt_logprobs=self._prompt_logprobs(),
+            tool_calls=self._tool_calls(),
         )
+
+    def _tool_calls(self) -> tuple[ToolCall, ...]:
+        names = self.request.tool_names
+        return parse_calls(self._stream.text, names) if names else ()
 
     def rows_read(self) -> Rows:
         """Return the rows of a finished request that wanted some."""

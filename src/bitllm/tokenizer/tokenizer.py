@@ -208,17 +208,21 @@ class Tokenizer:
         return ChatTemplate(self._template_source)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Turn messages into ids, with exactly one beginning of text where the model has one.
 
-        Some templates write it and some leave it to the tokenizer; both are served.
+        Some templates write it and some leave it to the tokenizer; both are served. Arguments as
+        in `apply_chat_template`.
 
         Raises:
             ChatTemplateError: the model has no chat template, or it fails on these messages.
             TokenizerError: a message is no valid Unicode string.
         """
-        ids = self._encode_bare(self.apply_chat_template(messages, add_generation_prompt))
+        ids = self._encode_bare(self.apply_chat_template(messages, add_generation_prompt, tools))
         begun = ids[: len(self._before)] == self._before
         return ids if begun else [*self._before, *ids]
 
