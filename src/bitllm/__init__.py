@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitllm.engine.outputs import Completion as Completion
     from bitllm.engine.outputs import TokenLogprob as TokenLogprob
     from bitllm.engine.outputs import Usage as Usage
+    from bitllm.engine.stats import EngineStats as EngineStats
     from bitllm.errors import BackendUnavailableError as BackendUnavailableError
     from bitllm.errors import BitllmError as BitllmError
     from bitllm.errors import ChatTemplateError as ChatTemplateError
@@ -46,6 +47,7 @@ _HOMES = {
     "bitllm.engine.llm": ("LLM",),
     "bitllm.engine.loading": ("load",),
     "bitllm.engine.outputs": ("Chunk", "Completion", "TokenLogprob", "Usage"),
+    "bitllm.engine.stats": ("EngineStats",),
     "bitllm.errors": (
         "BackendUnavailableError",
         "BitllmError",
@@ -79,6 +81,7 @@ __all__ = [
     "ConfigError",
     "ContextOverflowError",
     "EngineOptions",
+    "EngineStats",
     "FormatError",
     "InsufficientMemoryError",
     "MeasurementError",

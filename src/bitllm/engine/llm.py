@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Ordered
+from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
 
@@ -14,8 +15,10 @@ from bitllm.checkpoint import ModelSpec
 from bitllm.config import SamplingParams
 from bitllm.engine.engine import Engine
 from bitllm.engine.memory_plan import MemoryPlan
-from bitllm.engine.outputs import Chunk, Completion
+from bitllm.engine.outputs import Chunk, Completion, join_choices
 from bitllm.engine.request import ModelDefaults, Request, describe_defaults, resolve_request
+from bitllm.engine.sequence import Sequence
+from bitllm.engine.stats import EngineStats
 from bitllm.errors import ConfigError
 from bitllm.tokenizer import StreamDetokenizer, Tokenizer
 
@@ -46,6 +49,10 @@ class SamplingOptions(TypedDict, total=False):
     presence_penalty: float
     logit_bias: Mapping[int, float]
     logprobs: int | None
+    n: int
+    best_of: int | None
+    priority: int
+    timeout: float | None
 
 
 class LLM:
@@ -68,6 +75,7 @@ class LLM:
         max_batch_tokens: most token rows of a step, as the decoder was loaded.
         defaults: what the model says about its own generation.
         plan: the memory budget it was loaded under, if one was made.
+        prefix_cache: as in `EngineOptions`.
 
     Attributes:
         name: as given.
@@ -89,6 +97,7 @@ class LLM:
         max_batch_tokens: int,
         defaults: ModelDefaults | None = None,
         plan: MemoryPlan | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
@@ -98,7 +107,10 @@ class LLM:
         self.spec: ModelSpec = decoder.spec
         self.info: DecoderInfo = decoder.info
         self._engine = Engine(
-            decoder, lambda: StreamDetokenizer(tokenizer), max_batch_tokens=max_batch_tokens
+            decoder,
+            lambda: StreamDetokenizer(tokenizer),
+            max_batch_tokens=max_batch_tokens,
+            prefix_cache=prefix_cache,
         )
 
     @overload
@@ -134,7 +146,8 @@ class LLM:
             **options: fields of `SamplingParams`.
 
         Returns:
-            A `Completion`; for a list of prompts, a list of them in the same order.
+            A `Completion`; for a list of prompts, a list of them in the same order. With `n` above
+            1, each is the first of its `choices`.
 
         Raises:
             ConfigError: an option that does not exist or is out of range, an empty prompt.
@@ -142,9 +155,9 @@ class LLM:
         """
         sampling = _sampling(params, options)
         if _is_one(prompt):
-            return self._complete([self._request(cast(Prompt, prompt), sampling)])[0]
+            return self._complete([self._request(cast(Prompt, prompt), sampling)], sampling)[0]
         prompts = cast("list[Prompt]", prompt)
-        return self._complete([self._request(each, sampling) for each in prompts])
+        return self._complete([self._request(each, sampling) for each in prompts], sampling)
 
     def stream(
         self,
@@ -155,11 +168,17 @@ class LLM:
     ) -> Iterator[Chunk]:
         """Continue a prompt, yielding text as it comes; arguments and errors as in `generate`.
 
-        Leaving the loop early frees what the sequence held.
+        With `n` above 1, the chunks of all choices come as they are made; each says by its `index`
+        where it belongs. Leaving the loop early frees what the sequences held.
+
+        Raises:
+            ConfigError: also where `best_of` is more than `n`: the best are known only at the end.
         """
         if not _is_one(prompt):
             raise ConfigError("stream takes one prompt", hint="use generate for a list of prompts")
-        return self._chunks(self._request(prompt, _sampling(params, options)))
+        sampling = _sampling(params, options)
+        _check_streams(sampling)
+        return self._chunks(self._request(prompt, sampling))
 
     @overload
     def chat(
@@ -204,8 +223,12 @@ class LLM:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         ids = self.tokenizer.encode_chat(messages)
-        request = self._request(ids, _sampling(params, options), fill_context=True)
-        return self._chunks(request) if stream else self._complete([request])[0]
+        sampling = _sampling(params, options)
+        request = self._request(ids, sampling, fill_context=True)
+        if not stream:
+            return self._complete([request], sampling)[0]
+        _check_streams(sampling)
+        return self._chunks(request)
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Return the token ids of a text, with the start token where the model has one."""
@@ -219,6 +242,10 @@ class LLM:
     def free_blocks(self) -> int:
         """KV blocks that nobody holds."""
         return self._engine.free_blocks
+
+    def stats(self) -> EngineStats:
+        """Return what the engine holds now and has done since the model was loaded."""
+        return self._engine.stats()
 
     def close(self) -> None:
         """Free the model; it cannot be used afterwards. Closing twice is harmless."""
@@ -256,25 +283,39 @@ class LLM:
             fill_context=fill_context,
         )
 
-    def _complete(self, requests: list[Request]) -> list[Completion]:
-        sequences = []
+    def _complete(self, requests: list[Request], sampling: SamplingParams) -> list[Completion]:
+        groups: list[list[Sequence]] = []
         try:
             for request in requests:
-                sequences.append(self._engine.add(request))
-            for sequence in sequences:
+                groups.append(self._engine.add_choices(request))
+            for sequence in chain.from_iterable(groups):
                 self._engine.finish(sequence)
         finally:
-            for sequence in sequences:
+            for sequence in chain.from_iterable(groups):
                 self._engine.abort(sequence)
-        return [sequence.completion() for sequence in sequences]
+        shown = sampling.logprobs is not None
+        return [
+            join_choices([each.completion() for each in choices], sampling.n, logprobs=shown)
+            for choices in groups
+        ]
 
     def _chunks(self, request: Request) -> Generator[Chunk, None, None]:
-        sequence = self._engine.add(request)
+        choices = self._engine.add_choices(request)
         try:
-            while (chunk := self._engine.next_chunk(sequence)) is not None:
+            while (chunk := self._engine.next_chunk(*choices)) is not None:
                 yield chunk
         finally:
-            self._engine.abort(sequence)
+            for sequence in choices:
+                self._engine.abort(sequence)
+
+
+def _check_streams(sampling: SamplingParams) -> None:
+    if sampling.choices > sampling.n:
+        raise ConfigError(
+            f"best_of={sampling.choices} with n={sampling.n} cannot be streamed: "
+            "which are the best is known only at the end",
+            hint="leave best_of out, or use generate",
+        )
 
 
 def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:

@@ -51,6 +51,11 @@ class Request:
         stop_ids: ids that end the generation.
         banned_ids: ids that are not drawn before `min_tokens`.
         top_logprobs: -1 = no log-probabilities, else how many of the likeliest ids.
+        choices: how many completions are computed, each with draws of its own.
+        prefix_key: what keys and values depend on besides the tokens, such as an adapter; blocks
+            of the cache are shared among equal keys only.
+        prefix_cache: whether the beginning of the prompt may come from the cache instead of being
+            computed; False for a request that wants something of its rows.
 
     The rest is as in `SamplingParams`.
     """
@@ -71,6 +76,11 @@ class Request:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int = -1
+    choices: int = 1
+    priority: int = 0
+    timeout: float | None = None
+    prefix_key: bytes = b""
+    prefix_cache: bool = True
 
     @property
     def penalised(self) -> bool:
@@ -133,7 +143,10 @@ def resolve_request(
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
         logit_bias=params.logit_bias,
-        top_logprobs=-1 if params.logprobs is None else params.logprobs,
+        top_logprobs=_top_logprobs(params),
+        choices=params.choices,
+        priority=params.priority,
+        timeout=params.timeout,
     )
 
 
@@ -146,6 +159,12 @@ def describe_defaults(defaults: ModelDefaults) -> str:
         if item.name not in ("temperature", "stop_ids") and value != getattr(neutral, item.name):
             parts.append(f"{item.name}={value:g}")
     return ", ".join(parts)
+
+
+def _top_logprobs(params: SamplingParams) -> int:
+    if params.logprobs is not None:
+        return params.logprobs
+    return 0 if params.choices > params.n else -1  # the best are found by them
 
 
 def _or(value: _Value | None, default: _Value) -> _Value:
