@@ -116,7 +116,7 @@ class FakeDecoder:
         top_logprobs = np.full((len(prefixes), width), np.nan, np.float32)
         for index, prefix in enumerate(prefixes):
             raw = self.logits(prefix)
-            drawn[index] = _draw(raw.copy(), plan, index)
+            drawn[index] = draw(raw.copy(), plan, index)
             if (count := plan.top_logprobs[index]) >= 0:
                 log_softmax = raw - np.log(np.exp(raw).sum())
                 logprobs[index] = log_softmax[drawn[index]]
@@ -140,7 +140,7 @@ class FakeDecoder:
         self._cache[blocks] = data.view(np.int64)
 
 
-def _draw(logits: np.ndarray, plan: SamplePlan, index: int) -> int:
+def draw(logits: np.ndarray, plan: SamplePlan, index: int) -> int:
     """Bias, penalties, mask, temperature and a Gumbel draw; the cuts are not imitated."""
     biased = slice(plan.bias_offsets[index], plan.bias_offsets[index + 1])
     logits[plan.bias_ids[biased]] += plan.bias_values[biased]
