@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitllm.backends.base import KV_BLOCK_SIZE, SamplePlan
+from bitllm import _native
+from bitllm.backends import get_backend
+from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions, SamplePlan
 from bitllm.engine.engine import Engine
 from bitllm.engine.request import Request
 from bitllm.engine.sequence import Sequence
 from fake_decoder import FakeDecoder, draw, fake_spec
+from synthetic import random_checkpoint, tiny_spec
 
 SPEC = fake_spec(vocab_size=64)
 MOST_TOKENS = 160  # of a sequence, prompt and output
+REAL = tiny_spec(max_context=MOST_TOKENS)
 
 
 class NoText:
@@ -60,7 +68,8 @@ class Schedule:
             prefix_cache=prefix_cache,
             clock=self.clock,
         )
-        self.prefixes = [self._tokens(length) for length in (0, 31, 32, 64, 90)]
+        one, two, three = (self._tokens(KV_BLOCK_SIZE) for _ in range(3))
+        self.prefixes = [(), one[1:], one, one + two, three + two, one + three + two]
         self.live: list[Sequence] = []
 
     def _tokens(self, count: int) -> tuple[int, ...]:
@@ -232,3 +241,80 @@ def test_the_schedules_reach_what_they_are_for() -> None:
     for what in ("copies", "preemptions", "hits", "timeouts"):
         assert reached[what] > 0, what
     assert reached["evictions"] == reached["mixed"] == 12
+
+
+# --- a real model -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["cpu", "reference"])
+def make_real(request: pytest.FixtureRequest) -> Callable[[int, int, bool], Engine]:
+    backend = get_backend(request.param)
+    checkpoint = random_checkpoint(REAL)
+
+    def make(blocks: int, rows: int, prefix_cache: bool) -> Engine:
+        options = LoadOptions(
+            kv_tokens=blocks * KV_BLOCK_SIZE,
+            max_batch_tokens=rows,
+            kv_dtype="bf16",
+            threads=1 if request.param == "cpu" else None,
+        )
+        decoder = backend.load(checkpoint, options)
+        return Engine(decoder, NoText, max_batch_tokens=rows, prefix_cache=prefix_cache)
+
+    return make
+
+
+def test_log_probabilities_of_a_model_are_the_same_bits(
+    make_real: Callable[[int, int, bool], Engine],
+) -> None:
+    """All of them at each token, alone without a cache and together with one in little room."""
+    asked = [
+        dataclasses.replace(request, timeout=None, top_logprobs=REAL.vocab_size)
+        for request in (Schedule(seed, 8, 8, True).request() for seed in range(40, 64))
+    ]
+    asked = [dataclasses.replace(each, max_tokens=min(each.max_tokens, 24)) for each in asked]
+    plain, shared = make_real(64, 256, False), make_real(9, 40, True)
+    alone = [complete(plain, [request])[0] for request in asked]
+    together = complete(shared, asked)
+    again = complete(shared, asked)
+    for one, other, third in zip(alone, together, again, strict=True):
+        assert one == other == third
+    stats = shared.stats()
+    assert stats.preemptions > 0
+    assert stats.cached_tokens > 0
+    assert stats.used_blocks == 0
+
+
+def complete(engine: Engine, requests: list[Request]) -> list[list[Any]]:
+    """Return the ids, reasons and log-probabilities of all choices of each request."""
+    groups = [engine.add_choices(request) for request in requests]
+    results = []
+    for group in groups:
+        for sequence in group:
+            engine.finish(sequence)
+        done = [sequence.completion() for sequence in group]
+        results.append([(each.token_ids, each.finish_reason, each.logprobs) for each in done])
+    for sequence in itertools.chain.from_iterable(groups):
+        engine.abort(sequence)
+    return results
+
+
+# --- endurance ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_leave_nothing_behind() -> None:
+    """With cancellations, timeouts and interrupts; memory in use stays what it was early on."""
+    schedule = Schedule(7, blocks=64, rows=64, prefix_cache=True)
+    schedule.run(1000)
+    next_token.cache_clear()
+    gc.collect()
+    before = _native.resident_bytes()
+    for _ in range(9):
+        schedule.decoder.steps.clear()
+        schedule.run(1000)
+        assert schedule.engine.stats().used_blocks == 0
+    next_token.cache_clear()
+    schedule.decoder.steps.clear()
+    gc.collect()
+    assert _native.resident_bytes() - before < 20_000_000

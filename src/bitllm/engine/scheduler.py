@@ -14,7 +14,7 @@ from bitllm.engine.sequence import Sequence
 __all__ = ["PLACES_PER_PRIORITY", "Run", "Scheduler"]
 
 PLACES_PER_PRIORITY = 100
-"""How many requests that came before it one step of priority lets a request overtake."""
+"""How many places in the queue one step of priority is worth."""
 
 LOOK_AHEAD = 32
 """How many of those that wait are looked at in a step."""
@@ -165,9 +165,9 @@ class Scheduler:
         Their blocks are the same until they write to them.
         """
         for follower in tuple(leader.followers):
+            insort(self._running, follower, key=_by_rank)
             self._pool.share(leader.block_ids)
             follower.follow(leader)
-            insort(self._running, follower, key=_by_rank)
             _leave(follower)
 
     # --- rows -----------------------------------------------------------------------------------
