@@ -115,6 +115,10 @@ class BlockPool:
         """Whether writing to the block would change it for another holder."""
         return self._holders[block] > 1
 
+    def is_writable(self, block: int) -> bool:
+        """Whether the block has one holder and is not kept."""
+        return self._holders[block] == 1 and self._keys[block] is None
+
     def release(self, blocks: Sequence[int]) -> None:
         """Let go of each of these blocks once; those without a holder can be had again.
 

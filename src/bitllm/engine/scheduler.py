@@ -146,17 +146,21 @@ class Scheduler:
         runs = []
         for sequence in self._running:  # grows shorter from its end when blocks run out
             length = lengths.get(sequence, 0)
-            if length and self._make_room(sequence, length):
+            if not length:
+                continue
+            if self._may_write(sequence, length):
+                runs.append(Run(sequence, length))
+            elif self._make_room(sequence, length):
                 runs.append(Run(sequence, length, self._take_blocks(sequence, length)))
         return runs
 
     def advance(self, run: Run) -> None:
         """Note that a run has been computed."""
         sequence = run.sequence
-        full = sequence.computed // KV_BLOCK_SIZE
-        sequence.computed += run.length
-        if self._prefix_cache:
-            for index in range(full, sequence.computed // KV_BLOCK_SIZE):
+        start = sequence.computed
+        sequence.computed = end = start + run.length
+        if end // KV_BLOCK_SIZE > start // KV_BLOCK_SIZE and self._prefix_cache:
+            for index in range(start // KV_BLOCK_SIZE, end // KV_BLOCK_SIZE):
                 self._pool.keep(sequence.block_ids[index], sequence.block_key(index))
 
     def fork(self, leader: Sequence) -> None:
@@ -174,7 +178,8 @@ class Scheduler:
 
     def _divide_rows(self) -> dict[Sequence, int]:
         """Let waiting sequences in, and return how many tokens each of those that run may do."""
-        writing = [each for each in self._running if each.pending == 1][: self._max_batch_tokens]
+        writing = [each for each in self._running if each.pending == 1]
+        del writing[self._max_batch_tokens :]
         lengths = dict.fromkeys(writing, 1)
         left = self._max_batch_tokens - len(writing)
         if left and (self._waiting or len(writing) < len(self._running)):
@@ -254,6 +259,12 @@ class Scheduler:
             each.blocks_for(len(each.token_ids)) - len(each.block_ids) for each in self._running
         )
         return needed - held + promised - self._pool.available
+
+    def _may_write(self, sequence: Sequence, length: int) -> bool:
+        """Whether the next tokens go into a block that a sequence has; most decoded tokens do."""
+        start, blocks = sequence.computed, sequence.block_ids
+        room = len(blocks) * KV_BLOCK_SIZE - start
+        return length <= room and self._pool.is_writable(blocks[start // KV_BLOCK_SIZE])
 
     def _make_room(self, sequence: Sequence, length: int) -> bool:
         """Preempt those of higher ranks until there are blocks for the next tokens."""

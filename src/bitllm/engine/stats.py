@@ -69,12 +69,12 @@ class StepCounts:
 
     def count(self, runs: Sequence[Run]) -> None:
         """Add a step that has been computed, before its runs are noted anywhere else."""
-        decoded = sum(
-            run.samples and run.length == 1 and run.sequence.generated > 0 for run in runs
-        )
         self.steps += 1
-        self.decoded += decoded
-        self.prefilled += sum(run.length for run in runs) - decoded
+        for run in runs:
+            if run.length == 1 and run.samples and run.sequence.generated > 0:
+                self.decoded += 1
+            else:
+                self.prefilled += run.length
 
 
 def take_stats(pool: BlockPool, scheduler: Scheduler, counts: StepCounts) -> EngineStats:
