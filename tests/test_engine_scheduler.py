@@ -153,6 +153,28 @@ def test_an_urgent_request_takes_blocks_from_those_behind_it() -> None:
     assert (old.block_ids, scheduler.preemptions) == ([], 1)
 
 
+def test_what_others_have_in_prospect_is_room_for_an_urgent_request() -> None:
+    """`old` has one block of five and needs three more, as does `urgent`."""
+    old, urgent = sequence(97), sequence(69, priority=-1)
+    scheduler, _ = make(5, 2, old)
+    assert step(scheduler) == [(old, 2)]
+    scheduler.add(urgent)
+    assert step(scheduler) == [(urgent, 2)]
+
+
+def test_prompts_let_in_go_on_while_another_waits_for_blocks() -> None:
+    first, old, urgent = sequence(64, priority=-2), sequence(40), sequence(90, priority=-1)
+    scheduler, _ = make(5, 8)
+    scheduler.add(first)
+    for _ in range(8):
+        assert step(scheduler) == [(first, 8)]
+    scheduler.add(old)
+    assert step(scheduler) == [(first, 1), (old, 7)]
+    scheduler.add(urgent)
+    assert step(scheduler) == [(first, 1), (old, 7)]
+    assert scheduler.preemptions == 0
+
+
 def test_a_request_that_cannot_fit_preempts_nobody() -> None:
     first, low = sequence(64), sequence(20, priority=1)
     scheduler, _ = make(4, 64, first, low)

@@ -198,7 +198,7 @@ shapes = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(**shapes)
 def test_every_text_is_the_one_it_would_be_alone(
     seed: int, arrivals: int, blocks: int, rows: int, prefix_cache: bool
@@ -207,7 +207,7 @@ def test_every_text_is_the_one_it_would_be_alone(
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=2500, deadline=None)
 @given(**shapes)
 def test_thousands_of_schedules(
     seed: int, arrivals: int, blocks: int, rows: int, prefix_cache: bool

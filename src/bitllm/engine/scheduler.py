@@ -189,17 +189,19 @@ class Scheduler:
     def _divide_among_prompts(self, lengths: dict[Sequence, int], left: int) -> None:
         too_long: Sequence | None = None
         kept = 0  # rows that are the long prompt's alone
+        blocked = False  # one waits for blocks: nobody overtakes it
         reading = [each for each in self._running if each.pending > 1]
-        order = heapq.merge(reading, self._waiting[:LOOK_AHEAD], key=_by_rank)
-        for sequence in order:
+        for sequence in heapq.merge(reading, self._waiting[:LOOK_AHEAD], key=_by_rank):
             if left == kept:
                 break
-            found = [] if sequence in self._running else self._find_prefix(sequence)
+            let_in = sequence in self._running
+            found = [] if let_in or blocked else self._find_prefix(sequence)
             pending = sequence.pending - min(len(found) * KV_BLOCK_SIZE, sequence.skippable)
             if too_long is not None and pending > left - kept:
                 continue
-            if sequence not in self._running and not self._admit(sequence, found):
-                break  # nobody overtakes one that waits for blocks
+            if not let_in and (blocked or not self._admit(sequence, found)):
+                blocked = True
+                continue
             if pending > left:
                 too_long, kept = sequence, left - left // 2
             else:
@@ -228,8 +230,8 @@ class Scheduler:
         Not for the first piece alone: else it would soon have to give its blocks back.
         """
         behind = [each for each in self._running if each.rank > sequence.rank]
-        lacking = self._lacking(sequence, found)
-        if lacking > sum(len(each.block_ids) for each in behind):
+        most_gain = sum(each.blocks_for(len(each.token_ids)) for each in behind)
+        if self._lacking(sequence, found) > most_gain:
             return False
         while self._lacking(sequence, found) > 0:
             if not self._running or self._running[-1].rank < sequence.rank:
