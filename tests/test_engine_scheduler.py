@@ -249,6 +249,17 @@ def test_a_prompt_that_is_all_in_the_cache_computes_its_last_token() -> None:
     assert scheduler.cached_tokens == 2 * 63
 
 
+def test_a_prompt_in_the_cache_needs_a_block_for_the_copy_of_its_last() -> None:
+    first, second = sequence(64), sequence(64)
+    pool = BlockPool(3)
+    scheduler = Scheduler(pool, 64)
+    scheduler.add(first)
+    assert step(scheduler) == [(first, 64)]
+    scheduler.add(second)
+    assert step(scheduler) == [(first, 1)]  # into the last block
+    assert (scheduler.waiting, scheduler.preemptions) == ([second], 0)
+
+
 def test_an_adapter_has_blocks_of_its_own() -> None:
     scheduler = Scheduler(BlockPool(8), 64)
     for name, cached in ((b"", 0), (b"adapter", 0), (b"", 31), (b"adapter", 31)):

@@ -350,6 +350,7 @@ def test_n_completions_of_one_prompt() -> None:
     assert [each.index for each in four.choices] == [0, 1, 2, 3]
     assert len({each.text for each in four.choices}) == 4
     assert {each.seed for each in four.choices} == {3}
+    assert all(each.usage.prefill_seconds > 0 for each in four.choices)
     two = llm.generate("hello" * 10, params=asked, n=2)
     for few, many in ((one, two), (two, four)):
         for less, more in zip(few.choices, many.choices, strict=False):

@@ -77,12 +77,12 @@ class SamplingParams:
         logit_bias: id -> finite number added to its logit.
         logprobs: None = none; k >= 0 = the log-probability of each token and of the k likeliest.
         n: how many completions of the prompt, 1 to 128; the prompt is computed once. Number i of a
-            seed is the same whatever `n` is.
+            seed is the same whatever `n` is; at temperature 0 all are alike.
         best_of: compute this many, and return the `n` of the highest log-probability a token, the
             best first; n to 128. None = `n`.
         priority: lower goes first, -1000 to 1000: one step is worth 100 places in the queue.
-        timeout: seconds after which the text ends with what there is, looked at between steps;
-            None = never.
+        timeout: seconds from the call after which the text ends with what there is, looked at
+            between steps; None = never.
     """
 
     max_tokens: int | None = None

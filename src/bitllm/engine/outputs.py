@@ -92,7 +92,7 @@ class Completion:
 
     @property
     def mean_logprob(self) -> float:
-        """Log-probability a token, by `logprobs`; the best is not above 0, -inf without any."""
+        """The mean log-probability of a token, by `logprobs`; -inf where there are none."""
         if not self.logprobs:
             return -math.inf
         return math.fsum(each.logprob for each in self.logprobs) / len(self.logprobs)

@@ -93,7 +93,7 @@ def take_stats(pool: BlockPool, scheduler: Scheduler, counts: StepCounts) -> Eng
     cached, available = pool.idle, pool.available
     return EngineStats(
         blocks=pool.capacity,
-        used_blocks=pool.capacity - available,
+        used_blocks=max(0, pool.capacity - available),
         cached_blocks=cached,
         free_blocks=max(0, available - cached),
         unfilled_positions=sum(unfilled.values()),
