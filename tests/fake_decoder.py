@@ -126,7 +126,7 @@ class FakeDecoder:
         for index, prefix in enumerate(prefixes):
             raw = self.logits(prefix)
             if index < len(samples):
-                target = drawn[index] = _draw(raw.copy(), plan, index)
+                target = drawn[index] = draw(raw.copy(), plan, index)
             else:
                 target = batch.score_targets[index - len(samples)]
             if (count := top_n[index]) >= 0:
@@ -160,7 +160,7 @@ class FakeDecoder:
         self._cache[blocks] = data.view(np.int64)
 
 
-def _draw(logits: np.ndarray, plan: SamplePlan, index: int) -> int:
+def draw(logits: np.ndarray, plan: SamplePlan, index: int) -> int:
     """Bias, penalties, mask, temperature and a Gumbel draw; the cuts are not imitated."""
     biased = slice(plan.bias_offsets[index], plan.bias_offsets[index + 1])
     logits[plan.bias_ids[biased]] += plan.bias_values[biased]

@@ -120,6 +120,31 @@ def test_a_real_model_writes_the_same(tmp_path: Path, device: str) -> None:
     run(test)
 
 
+def test_choices_and_timeouts_are_as_in_llm() -> None:
+    asked: Any = {"temperature": 1.0, "seed": 4, "max_tokens": 10, "ignore_eos": True}
+    sync = make_llm()
+    expected = sync.generate("hello", n=3, best_of=5, **asked)
+
+    async def test() -> None:
+        async with AsyncLLM(make_llm(), max_unread=2) as llm:
+            result = await llm.generate("hello", n=3, best_of=5, **asked)
+            assert without_times(list(result.choices)) == without_times(list(expected.choices))
+            texts = ["", "", ""]
+            async for chunk in llm.stream("hello", n=3, **asked):
+                texts[chunk.index] += chunk.text
+                await asyncio.sleep(0.001)
+            assert texts == [each.text for each in sync.generate("hello", n=3, **asked).choices]
+            with pytest.raises(ConfigError, match="cannot be streamed"):
+                llm.stream("hello", n=1, best_of=2)
+            await until(lambda: llm.llm.free_blocks == BLOCKS)
+        async with AsyncLLM(make_llm(seconds=0.02, endless=True)) as llm:
+            late = await llm.generate("hello", max_tokens=200, timeout=0.2)
+            assert late.finish_reason == "timeout"
+            assert 0 < len(late.token_ids) < 200
+
+    run(test)
+
+
 def test_many_streams_share_the_steps() -> None:
     sync = make_llm()
     expected = [sync.generate(f"prompt {n}", max_tokens=20).text for n in range(10)]

@@ -261,6 +261,15 @@ def test_a_batch_of_forms_is_as_one_by_one() -> None:
     assert streamed == llm.decode(alone[1])
 
 
+def test_each_choice_has_the_form() -> None:
+    llm = make_llm()
+    result = llm.generate("x", n=5, json_schema=PERSON, temperature=1.0, seed=3, max_tokens=300)
+    assert len({each.text for each in result.choices}) == 5
+    for each in result.choices:
+        jsonschema.validate(json.loads(each.text), PERSON)
+    assert llm.free_blocks == 64
+
+
 def test_async_gives_the_same() -> None:
     params = SamplingParams(temperature=1.0, seed=3, json_schema=PERSON, max_tokens=200)
     expected = make_llm().generate("x", params=params).text

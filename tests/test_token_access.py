@@ -252,6 +252,26 @@ def test_the_prompt_may_be_scored_while_the_answer_is_written(llm: LLM) -> None:
     assert last.prompt_logprobs == echoed.prompt_logprobs
 
 
+def test_choices_share_the_scores_of_their_prompt(llm: LLM) -> None:
+    result = llm.generate(TEXT, n=3, max_tokens=4, temperature=0.9, seed=2, prompt_logprobs=1)
+    alone = llm.generate(TEXT, n=3, max_tokens=4, temperature=0.9, seed=2)
+    expected = llm.score(TEXT[:1], TEXT[1:], top=1).tokens
+    assert [each.token_ids for each in result.choices] == [each.token_ids for each in alone.choices]
+    assert [each.prompt_logprobs for each in result.choices] == [expected] * 3
+
+
+def test_a_kept_prefix_changes_no_row(llm: LLM, truth: LLM) -> None:
+    long = [n % 250 for n in range(100)]
+    llm.generate(long, max_tokens=1)  # its blocks are kept
+    logits = reference_logits(truth, long)
+    for start in (0, 31, 32, 64, 70, 99):
+        np.testing.assert_array_equal(llm.forward(long, start=start), logits[start:])
+    np.testing.assert_array_equal(
+        llm.embed(long, pooling="last"), truth.embed(long, pooling="last")
+    )
+    assert llm.score(long[:70], long[70:], top=1) == truth.score(long[:70], long[70:], top=1)
+
+
 def test_echo_alone_writes_nothing(llm: LLM) -> None:
     result = llm.generate(TEXT, max_tokens=0, prompt_logprobs=0)
     assert (result.text, result.token_ids, result.finish_reason) == ("", (), "length")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bitllm.engine.outputs import TokenLogprob as TokenLogprob
     from bitllm.engine.outputs import ToolCall as ToolCall
     from bitllm.engine.outputs import Usage as Usage
+    from bitllm.engine.stats import EngineStats as EngineStats
     from bitllm.errors import BackendUnavailableError as BackendUnavailableError
     from bitllm.errors import BitllmError as BitllmError
     from bitllm.errors import ChatTemplateError as ChatTemplateError
@@ -50,6 +51,7 @@ _HOMES = {
     "bitllm.engine.llm": ("LLM",),
     "bitllm.engine.loading": ("load",),
     "bitllm.engine.outputs": ("Chunk", "Completion", "Score", "TokenLogprob", "ToolCall", "Usage"),
+    "bitllm.engine.stats": ("EngineStats",),
     "bitllm.errors": (
         "BackendUnavailableError",
         "BitllmError",
@@ -84,6 +86,7 @@ __all__ = [
     "ConfigError",
     "ContextOverflowError",
     "EngineOptions",
+    "EngineStats",
     "FormatError",
     "InsufficientMemoryError",
     "MeasurementError",

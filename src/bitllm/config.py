@@ -40,6 +40,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 """The values of each option that takes one of a few words."""
 
 _MOST_THREADS = 1024
+_MOST_CHOICES = 128
 # Numbers reach the decoder as float32: these are its largest and its smallest normal number.
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _SMALLEST_FLOAT32 = 2.0**-126
@@ -88,10 +89,17 @@ class SamplingParams:
         grammar: the text is derived from the rule `start` of this Lark grammar, or from the rule
             `root` of this GBNF grammar.
         choice: the text is one of these strings.
+        n: how many completions of the prompt, 1 to 128; the prompt is computed once. Number i of a
+            seed is the same whatever `n` is; at temperature 0 all are alike.
+        best_of: compute this many, and return the `n` of the highest log-probability a token, the
+            best first; n to 128. None = `n`.
+        priority: lower goes first, -1000 to 1000: one step is worth 100 places in the queue.
+        timeout: seconds from the call after which the text ends with what there is, looked at
+            between steps; None = never.
 
-    Of the last four, one at most. What they ask for holds for a text that ends by itself, with
-    finish_reason "stop"; `max_tokens`, stop strings and own stop ids may cut it short, and where
-    it is complete `min_tokens` does not prolong it.
+    Of `json_schema`, `regex`, `grammar` and `choice`, one at most. What they ask for holds for a
+    text that ends by itself, with finish_reason "stop"; `max_tokens`, stop strings and own stop ids
+    may cut it short, and where it is complete `min_tokens` does not prolong it.
     """
 
     max_tokens: int | None = None
@@ -115,6 +123,10 @@ class SamplingParams:
     regex: str | None = None
     grammar: str | None = None
     choice: Sequence[str] | None = None
+    n: int = 1
+    best_of: int | None = None
+    priority: int = 0
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         _integer(self, "prompt_logprobs", low=0, optional=True)
@@ -145,6 +157,10 @@ class SamplingParams:
         _number(self, "frequency_penalty")
         _number(self, "presence_penalty")
         _integer(self, "logprobs", low=0, optional=True)
+        _integer(self, "n", low=1, high=_MOST_CHOICES)
+        _integer(self, "best_of", low=self.n, high=_MOST_CHOICES, optional=True)
+        _integer(self, "priority", low=-1000, high=1000)
+        _number(self, "timeout", low=0.0, above=True, optional=True)
         self._check_stops()
         self._check_bias()
         self._check_form()
@@ -194,6 +210,11 @@ class SamplingParams:
         """The stop strings as a tuple, whichever way `stop` was given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    @property
+    def choices(self) -> int:
+        """How many completions are computed: `best_of`, or `n`."""
+        return self.n if self.best_of is None else self.best_of
+
     @classmethod
     def from_options(
         cls, options: Mapping[str, Any], base: SamplingParams | None = None
@@ -225,6 +246,8 @@ class EngineOptions:
         kv_tokens: positions the KV cache holds over all sequences together, at least `context`;
             None = `context`. More lets more sequences run at once.
         max_batch_tokens: most token rows of one step; longer prompts are computed in pieces.
+        prefix_cache: keep the keys and values of texts that have ended, while nobody needs the
+            room, for later prompts that begin alike. The output is the same, to the bit.
         memory_limit: bytes the model may use in all; None = what the machine has free. `parse_size`
             reads "2.5GB".
     """
@@ -238,6 +261,7 @@ class EngineOptions:
     context: int | None = None
     kv_tokens: int | None = None
     max_batch_tokens: int = 256
+    prefix_cache: bool = True
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -254,6 +278,7 @@ class EngineOptions:
         for name in ("context", "kv_tokens", "memory_limit"):
             _integer(self, name, low=1, optional=True)
         _integer(self, "max_batch_tokens", low=1)
+        _boolean(self, "prefix_cache")
 
     @classmethod
     def from_options(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from bitllm.config import SamplingParams
 from bitllm.engine.engine_thread import EngineThread, Feed
-from bitllm.engine.llm import LLM, SamplingOptions, sampling_of
+from bitllm.engine.llm import LLM, SamplingOptions, check_streams, completion_of, sampling_of
 from bitllm.engine.loading import EngineKeywords, load
 from bitllm.engine.outputs import Chunk, Completion, Score
 from bitllm.engine.prompt import Message, Prompt, is_one
@@ -111,7 +111,7 @@ class AsyncLLM:
         requests = await asyncio.to_thread(
             lambda: [self.llm.prepare(each, sampling) for each in prompts]
         )
-        completions = [each.completion() for each in await self._finish(requests)]
+        completions = await self._finish(requests, sampling)
         return completions[0] if one else completions
 
     def stream(
@@ -128,6 +128,7 @@ class AsyncLLM:
         if not is_one(prompt):
             raise ConfigError("stream takes one prompt", hint="use generate for a list of prompts")
         sampling = sampling_of(params, options)
+        check_streams(sampling)
         return ChunkStream(self._thread, lambda: self.llm.prepare(prompt, sampling))
 
     @overload
@@ -173,7 +174,10 @@ class AsyncLLM:
         def prepare() -> Request:
             return self.llm.prepare_chat(messages, sampling, tools, tool_choice)
 
-        return ChunkStream(self._thread, prepare) if stream else self._answer(prepare)
+        if not stream:
+            return self._answer(prepare, sampling)
+        check_streams(sampling)
+        return ChunkStream(self._thread, prepare)
 
     @overload
     async def score(self, prompt: Prompt, continuation: Prompt, *, top: int = 0) -> Score: ...
@@ -246,11 +250,11 @@ class AsyncLLM:
     def __repr__(self) -> str:
         return repr(self.llm).replace("<LLM", "<AsyncLLM", 1)
 
-    async def _answer(self, prepare: Callable[[], Request]) -> Completion:
-        (sequence,) = await self._finish([await asyncio.to_thread(prepare)])
-        return sequence.completion()
+    async def _answer(self, prepare: Callable[[], Request], sampling: SamplingParams) -> Completion:
+        (completion,) = await self._finish([await asyncio.to_thread(prepare)], sampling)
+        return completion
 
-    async def _finish(self, requests: list[Request]) -> list[Sequence]:
+    async def _finish(self, requests: list[Request], sampling: SamplingParams) -> list[Completion]:
         loop = asyncio.get_running_loop()
         under_way: list[tuple[Feed, asyncio.Event]] = []
         try:
@@ -260,7 +264,7 @@ class AsyncLLM:
                 under_way.append((self._thread.submit(request, notify, chunks=False), news))
             for _, news in under_way:
                 await news.wait()
-            return [feed.result() for feed, _ in under_way]
+            return [completion_of(feed.result(), sampling) for feed, _ in under_way]
         finally:
             for feed, _ in under_way:
                 self._thread.cancel(feed)
@@ -371,7 +375,7 @@ class _ThreadAccess(TokenAccess):
                 if not ends:
                     return
                 ends.popleft().wait()
-                yield self._feeds.popleft().result()
+                yield self._feeds.popleft().result()[0]
         finally:
             for feed in self._feeds:
                 self._thread.cancel(feed)

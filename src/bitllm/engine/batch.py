@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ import numpy.typing as npt
 
 from bitllm.backends.base import Batch, OutputKind, SamplePlan
 from bitllm.engine.readout import Rows
-from bitllm.engine.request import Request
 from bitllm.engine.scheduler import Run
 from bitllm.engine.sequence import Sequence
 
@@ -33,26 +33,29 @@ class BatchBuilder:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._requests: list[Request] | None = None  # of a plan that can be used again
+        self._planned: list[Sequence] | None = None  # of a plan that can be used again
         self._plan = SamplePlan.greedy()
         self._of_one = _shape([], [])
 
     def build(self, runs: Ordered[Run]) -> Batch:
         """Return one step's batch.
 
-        Each run asks for its `read_rows`, then, if it `samples`, for one SAMPLE.
+        Each run asks for its `read_rows`, then for one SAMPLE for each of its `drawers`.
 
         Args:
             runs: at least one, with blocks for all of their tokens.
         """
-        sampling = [run.sequence for run in runs if run.samples]
+        drawers = [run.drawers for run in runs]
+        sampling = list(itertools.chain.from_iterable(drawers))
         reading = [(run.sequence.rows, rows) for run in runs if (rows := run.read_rows)]
-        if len(sampling) == len(runs) and not reading and all(run.length == 1 for run in runs):
+        if not reading and all(
+            run.length == len(draw) == 1 for run, draw in zip(runs, drawers, strict=True)
+        ):
             shape = self._shape_of_one(len(runs))
             tokens = [run.sequence.token_ids[run.sequence.computed] for run in runs]
             positions = [run.sequence.computed for run in runs]
         else:
-            shape = _shape_of(runs)
+            shape = _shape_of(runs, drawers)
             tokens, positions = [], []
             for run in runs:
                 start, end = run.sequence.computed, run.sequence.computed + run.length
@@ -76,11 +79,10 @@ class BatchBuilder:
         return self._of_one
 
     def _plan_for(self, sequences: list[Sequence]) -> SamplePlan:
-        requests = [sequence.request for sequence in sequences]
-        kept = self._requests
-        if kept is None or len(kept) != len(requests) or any(map(is_not, kept, requests)):
+        kept = self._planned
+        if kept is None or len(kept) != len(sequences) or any(map(is_not, kept, sequences)):
             self._plan = build_plan(sequences, self._vocab_size)
-            self._requests = requests if all(map(_lasts, sequences)) else None
+            self._planned = sequences if all(map(_lasts, sequences)) else None
             return self._plan
         positions = np.array([sequence.generated for sequence in sequences], np.int32)
         self._plan = replace(self._plan, position=positions)
@@ -114,19 +116,18 @@ def _shape(lengths: Ordered[int], rows: Ordered[int], kinds: Ordered[int] | None
     )
 
 
-def _shape_of(runs: Ordered[Run]) -> _Shape:
+def _shape_of(runs: Ordered[Run], drawers: Ordered[Ordered[Sequence]]) -> _Shape:
     rows: list[int] = []
     kinds: list[int] = []
     end = 0
-    for run in runs:
+    for run, draw in zip(runs, drawers, strict=True):
         start, end = end, end + run.length
         if run.sequence.rows is not None:
             offset = start - run.sequence.computed
             rows += [position + offset for position in run.read_rows]
             kinds += [run.sequence.rows.readout.kind] * len(run.read_rows)
-        if run.samples:
-            rows.append(end - 1)
-            kinds.append(OutputKind.SAMPLE)
+        rows += [end - 1] * len(draw)
+        kinds += [OutputKind.SAMPLE] * len(draw)
     return _shape([run.length for run in runs], rows, kinds)
 
 
@@ -160,7 +161,7 @@ def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
         min_p=np.array([each.min_p for each in requests], np.float32),
         typical_p=np.array([each.typical_p for each in requests], np.float32),
         seed=np.array([each.seed for each in requests], np.uint64),
-        choice=np.zeros(len(requests), np.int32),
+        choice=np.array([sequence.choice for sequence in sequences], np.int32),
         position=np.array([sequence.generated for sequence in sequences], np.int32),
         top_logprobs=np.array([each.top_logprobs for each in requests], np.int32),
         repetition_penalty=np.array([each.repetition_penalty for each in requests], np.float32),

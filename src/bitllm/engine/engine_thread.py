@@ -26,7 +26,7 @@ class Feed:
         chunks: what was written and not yet read; stays empty where only the end is of interest.
         ended: nothing more will come. Written last: a reader looks at it before `chunks`.
         error: why it ended without a result, or None.
-        sequence: the sequence, once the engine has it.
+        sequences: one for each choice of the request, once the engine has them.
         paused: it waits outside of the engine until its reader has caught up.
     """
 
@@ -37,20 +37,20 @@ class Feed:
         self.chunks: deque[Chunk] = deque()
         self.ended = False
         self.error: BaseException | None = None
-        self.sequence: Sequence | None = None
+        self.sequences: list[Sequence] = []
         self.paused = False
 
-    def result(self) -> Sequence:
-        """Return the finished sequence.
+    def result(self) -> list[Sequence]:
+        """Return the finished sequences, one for each choice.
 
         Raises:
             BitllmError: what went wrong instead.
         """
         if self.error is not None:
             raise self.error
-        if self.sequence is None or not self.ended:
+        if not self.ended:
             raise RuntimeError("the request has not ended")
-        return self.sequence
+        return self.sequences
 
 
 class EngineThread:
@@ -156,19 +156,18 @@ class EngineThread:
 
     def _hand_out(self) -> None:
         for feed in list(self._feeds.values()):
-            sequence = feed.sequence
-            if sequence is None:
-                continue
-            if feed.wants_chunks and (chunk := sequence.take_chunk()) is not None:
-                self._hand(feed, chunk)
-            if sequence.finished:
-                self._end(feed, sequence.failure)
+            for sequence in feed.sequences:
+                if feed.wants_chunks and (chunk := sequence.take_chunk()) is not None:
+                    self._hand(feed, chunk)
+            failures = [each.failure for each in feed.sequences if each.failure is not None]
+            if failures or all(each.finished for each in feed.sequences):
+                self._end(feed, failures[0] if failures else None)
 
     def _hand(self, feed: Feed, chunk: Chunk) -> None:
         feed.chunks.append(chunk)
         if len(feed.chunks) == 1:
             self._notify(feed)
-        if len(feed.chunks) >= self._max_unread and not self._draining:
+        if len(feed.chunks) >= self._max_unread and not (feed.paused or self._draining):
             self._pause(feed)
 
     def _notify(self, feed: Feed) -> None:
@@ -182,24 +181,26 @@ class EngineThread:
             self._end(feed, _closed())
             return
         try:
-            feed.sequence = self._engine.add(feed.request)
+            feed.sequences = self._engine.add_choices(feed.request)
         except BitllmError as error:
             self._end(feed, error)
             return
         self._feeds[id(feed)] = feed
 
     def _pause(self, feed: Feed) -> None:
-        if feed.sequence is None or feed.sequence.finished:
+        if all(sequence.finished for sequence in feed.sequences):
             return
-        self._engine.pause(feed.sequence)
+        for sequence in feed.sequences:
+            self._engine.pause(sequence)
         feed.paused = True
         # The reader may have read everything before it could see that it has to ask.
         self.caught_up(feed)
 
     def _resume(self, feed: Feed) -> None:
-        if feed.paused and feed.sequence is not None and id(feed) in self._feeds:
+        if feed.paused and id(feed) in self._feeds:
             feed.paused = False
-            self._engine.resume(feed.sequence)
+            for sequence in feed.sequences:
+                self._engine.resume(sequence)
 
     def _end(self, feed: Feed, error: BaseException | None) -> None:
         if feed.ended:
@@ -211,8 +212,8 @@ class EngineThread:
 
     def _forget(self, feed: Feed) -> None:
         self._feeds.pop(id(feed), None)
-        if feed.sequence is not None:
-            self._engine.abort(feed.sequence)
+        for sequence in feed.sequences:
+            self._engine.abort(sequence)
 
     def _drain(self) -> None:
         self._draining = True  # a reader who has gone away must not hold up the end

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
+from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
 
@@ -16,16 +17,25 @@ from bitllm.config import SamplingParams
 from bitllm.engine.engine import Engine
 from bitllm.engine.grammar import GrammarCompiler
 from bitllm.engine.memory_plan import MemoryPlan
-from bitllm.engine.outputs import Chunk, Completion
+from bitllm.engine.outputs import Chunk, Completion, join_choices
 from bitllm.engine.prompt import Message, Prompt, is_one, token_ids_of
 from bitllm.engine.request import ModelDefaults, Request, describe_defaults, resolve_request
 from bitllm.engine.sequence import Sequence
+from bitllm.engine.stats import EngineStats
 from bitllm.engine.token_access import TokenAccess
 from bitllm.engine.tools import ToolChoice, constrain_call, read_tools, tool_prompt
 from bitllm.errors import ConfigError
 from bitllm.tokenizer import StreamDetokenizer, Tokenizer
 
-__all__ = ["LLM", "Message", "Prompt", "SamplingOptions", "sampling_of"]
+__all__ = [
+    "LLM",
+    "Message",
+    "Prompt",
+    "SamplingOptions",
+    "check_streams",
+    "completion_of",
+    "sampling_of",
+]
 
 _AT_ONCE = 64  # sequences of a long job that are in the engine together
 
@@ -54,6 +64,10 @@ class SamplingOptions(TypedDict, total=False):
     regex: str | None
     grammar: str | None
     choice: Ordered[str] | None
+    n: int
+    best_of: int | None
+    priority: int
+    timeout: float | None
 
 
 class LLM(TokenAccess):
@@ -76,6 +90,7 @@ class LLM(TokenAccess):
         max_batch_tokens: most token rows of a step, as the decoder was loaded.
         defaults: what the model says about its own generation.
         plan: the memory budget it was loaded under, if one was made.
+        prefix_cache: as in `EngineOptions`.
 
     Attributes:
         name: as given.
@@ -97,6 +112,7 @@ class LLM(TokenAccess):
         max_batch_tokens: int,
         defaults: ModelDefaults | None = None,
         plan: MemoryPlan | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
@@ -107,7 +123,10 @@ class LLM(TokenAccess):
         self.info: DecoderInfo = decoder.info
         self._grammars = GrammarCompiler(tokenizer, self.spec.vocab_size)
         self._engine = Engine(
-            decoder, lambda: StreamDetokenizer(tokenizer), max_batch_tokens=max_batch_tokens
+            decoder,
+            lambda: StreamDetokenizer(tokenizer),
+            max_batch_tokens=max_batch_tokens,
+            prefix_cache=prefix_cache,
         )
 
     @overload
@@ -143,7 +162,8 @@ class LLM(TokenAccess):
             **options: fields of `SamplingParams`.
 
         Returns:
-            A `Completion`; for a list of prompts, a list of them in the same order.
+            A `Completion`; for a list of prompts, a list of them in the same order. With `n` above
+            1, each is the first of its `choices`.
 
         Raises:
             ConfigError: an option that does not exist or is out of range, an empty prompt.
@@ -151,9 +171,9 @@ class LLM(TokenAccess):
         """
         sampling = sampling_of(params, options)
         if is_one(prompt):
-            return self._complete([self.prepare(prompt, sampling)])[0]
+            return self._complete([self.prepare(prompt, sampling)], sampling)[0]
         prompts = cast("list[Prompt]", prompt)
-        return self._complete([self.prepare(each, sampling) for each in prompts])
+        return self._complete([self.prepare(each, sampling) for each in prompts], sampling)
 
     def stream(
         self,
@@ -164,11 +184,17 @@ class LLM(TokenAccess):
     ) -> Iterator[Chunk]:
         """Continue a prompt, yielding text as it comes; arguments and errors as in `generate`.
 
-        Leaving the loop early frees what the sequence held.
+        With `n` above 1, the chunks of all choices come as they are made; each says by its `index`
+        where it belongs. Leaving the loop early frees what the sequences held.
+
+        Raises:
+            ConfigError: also where `best_of` is more than `n`: the best are known only at the end.
         """
         if not is_one(prompt):
             raise ConfigError("stream takes one prompt", hint="use generate for a list of prompts")
-        return self._chunks(self.prepare(prompt, sampling_of(params, options)))
+        sampling = sampling_of(params, options)
+        check_streams(sampling)
+        return self._chunks(self.prepare(prompt, sampling))
 
     @overload
     def chat(
@@ -221,8 +247,12 @@ class LLM(TokenAccess):
             ChatTemplateError: the model has no chat template, or it refuses these messages.
             ConfigError, ContextOverflowError: as in `generate`.
         """
-        request = self.prepare_chat(messages, sampling_of(params, options), tools, tool_choice)
-        return self._chunks(request) if stream else self._complete([request])[0]
+        sampling = sampling_of(params, options)
+        request = self.prepare_chat(messages, sampling, tools, tool_choice)
+        if not stream:
+            return self._complete([request], sampling)[0]
+        check_streams(sampling)
+        return self._chunks(request)
 
     def prepare(
         self, prompt: Prompt, params: SamplingParams, *, fill_context: bool = False
@@ -283,6 +313,10 @@ class LLM(TokenAccess):
         """KV blocks that nobody holds."""
         return self._engine.free_blocks
 
+    def stats(self) -> EngineStats:
+        """Return what the engine holds now and has done since the model was loaded."""
+        return self._engine.stats()
+
     def close(self) -> None:
         """Free the model; it cannot be used afterwards. Closing twice is harmless."""
         self._engine.close()
@@ -307,9 +341,6 @@ class LLM(TokenAccess):
             f"stop_ids={sorted(self.defaults.stop_ids)}{state}>"
         )
 
-    def _complete(self, requests: list[Request]) -> list[Completion]:
-        return [each.completion() for each in self._run(requests, at_once=len(requests))]
-
     def _run(
         self, requests: Iterable[Request], *, at_once: int = _AT_ONCE
     ) -> Generator[Sequence, None, None]:
@@ -329,13 +360,46 @@ class LLM(TokenAccess):
             for sequence in under_way:
                 self._engine.abort(sequence)
 
-    def _chunks(self, request: Request) -> Generator[Chunk, None, None]:
-        sequence = self._engine.add(request)
+    def _complete(self, requests: list[Request], sampling: SamplingParams) -> list[Completion]:
+        groups: list[list[Sequence]] = []
         try:
-            while (chunk := self._engine.next_chunk(sequence)) is not None:
+            for request in requests:
+                groups.append(self._engine.add_choices(request))
+            for sequence in chain.from_iterable(groups):
+                self._engine.finish(sequence)
+        finally:
+            for sequence in chain.from_iterable(groups):
+                self._engine.abort(sequence)
+        return [completion_of(choices, sampling) for choices in groups]
+
+    def _chunks(self, request: Request) -> Generator[Chunk, None, None]:
+        choices = self._engine.add_choices(request)
+        try:
+            while (chunk := self._engine.next_chunk(*choices)) is not None:
                 yield chunk
         finally:
-            self._engine.abort(sequence)
+            for sequence in choices:
+                self._engine.abort(sequence)
+
+
+def completion_of(choices: list[Sequence], sampling: SamplingParams) -> Completion:
+    """Return the result of the finished choices of a request."""
+    completions = [each.completion() for each in choices]
+    return join_choices(completions, sampling.n, logprobs=sampling.logprobs is not None)
+
+
+def check_streams(sampling: SamplingParams) -> None:
+    """Refuse to stream what is known only at the end.
+
+    Raises:
+        ConfigError: more choices are to be computed than returned.
+    """
+    if sampling.choices > sampling.n:
+        raise ConfigError(
+            f"best_of={sampling.choices} with n={sampling.n} cannot be streamed: "
+            "which are the best is known only at the end",
+            hint="leave best_of out, or use generate",
+        )
 
 
 def sampling_of(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:

@@ -60,6 +60,11 @@ class Request:
         readout: what is wanted of the prompt itself.
         grammar: the form of the text, None = free.
         tool_names: functions whose calls are looked for in the text.
+        choices: how many completions are computed, each with draws of its own.
+        prefix_key: what keys and values depend on besides the tokens, such as an adapter; blocks
+            of the cache are shared among equal keys only.
+        prefix_cache: whether the beginning of the prompt may come from the cache instead of being
+            computed; False for a request that wants something of its rows.
 
     The rest is as in `SamplingParams`.
     """
@@ -84,6 +89,11 @@ class Request:
     readout: Readout | None = None
     grammar: Grammar | None = None
     tool_names: frozenset[str] = frozenset()
+    choices: int = 1
+    priority: int = 0
+    timeout: float | None = None
+    prefix_key: bytes = b""
+    prefix_cache: bool = True
 
     @property
     def penalised(self) -> bool:
@@ -150,9 +160,12 @@ def resolve_request(
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
         logit_bias=params.logit_bias,
-        top_logprobs=-1 if params.logprobs is None else params.logprobs,
         readout=_prompt_readout(prompt_ids, params.prompt_logprobs),
         grammar=grammar,
+        top_logprobs=_top_logprobs(params),
+        choices=params.choices,
+        priority=params.priority,
+        timeout=params.timeout,
     )
 
 
@@ -199,6 +212,12 @@ def _prompt_readout(prompt_ids: Sequence[int], top_n: int | None) -> Readout | N
         return None
     targets = tuple(prompt_ids[1:])
     return Readout(OutputKind.SCORE, 0, len(targets), targets, top_n)
+
+
+def _top_logprobs(params: SamplingParams) -> int:
+    if params.logprobs is not None:
+        return params.logprobs
+    return 0 if params.choices > params.n else -1  # the best are found by them
 
 
 def _or(value: _Value | None, default: _Value) -> _Value:
