@@ -106,6 +106,10 @@ class Scheduler:
         _lead(leader, followers)
         insort(self._waiting, leader, key=_by_rank)
 
+    def put_back(self, sequence: Sequence) -> None:
+        """Queue a sequence again that was removed, at the rank it had."""
+        insort(self._waiting, sequence, key=_by_rank)
+
     def remove(self, sequence: Sequence) -> None:
         """Drop a sequence and free its blocks; one that is not here is ignored."""
         if sequence.leader is not None:
