@@ -52,8 +52,8 @@ class Scheduler:
     """By rank, in steps of at most `max_batch_tokens` token rows.
 
     The rank of a request is its number in order of arrival plus `PLACES_PER_PRIORITY` for each step
-    of priority. It never changes, so a request is overtaken by finitely many later ones, and the
-    one of the lowest rank always goes on: none starves.
+    of priority. It never changes, so a request is overtaken by finitely many later ones, and each
+    of those ends: none starves.
 
     A step holds the next token of every sequence that writes, then prompts still to be read. A
     prompt too long for the step leaves up to half of the rows to shorter ones behind it that fit
