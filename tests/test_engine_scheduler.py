@@ -112,6 +112,18 @@ def test_remove_frees_and_forgets() -> None:
     assert (len(scheduler), pool.available) == (0, 2)
 
 
+def test_a_sequence_put_back_has_its_rank_again() -> None:
+    first, second, third = (sequence(4, priority=each) for each in (0, 1, 0))
+    scheduler, pool = make(8, 4, first, second, third)
+    assert step(scheduler) == [(first, 4)]
+    scheduler.remove(first)
+    assert pool.available == 8
+    assert step(scheduler) == [(third, 4)]
+    scheduler.put_back(first)
+    assert step(scheduler) == [(first, 3), (third, 1)]
+    assert step(scheduler) == [(first, 2), (third, 1), (second, 1)]
+
+
 def test_restart_keeps_the_order_and_drops_what_has_ended() -> None:
     done, old, young = sequence(5), sequence(5), sequence(5)
     scheduler, pool = make(8, 64, done, old, young)

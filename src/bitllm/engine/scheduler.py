@@ -58,8 +58,8 @@ class Scheduler:
     """By rank, in steps of at most `max_batch_tokens` token rows.
 
     The rank of a request is its number in order of arrival plus `PLACES_PER_PRIORITY` for each step
-    of priority. It never changes, so a request is overtaken by finitely many later ones, and the
-    one of the lowest rank always goes on: none starves.
+    of priority. It never changes, so a request is overtaken by finitely many later ones, and each
+    of those ends: none starves.
 
     A step holds the next token of every sequence that writes, then prompts still to be read. A
     prompt too long for the step leaves up to half of the rows to shorter ones behind it that fit
@@ -111,6 +111,10 @@ class Scheduler:
         self._arrivals += 1
         _lead(leader, followers)
         insort(self._waiting, leader, key=_by_rank)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Queue a sequence again that was removed, at the rank it had."""
+        insort(self._waiting, sequence, key=_by_rank)
 
     def remove(self, sequence: Sequence) -> None:
         """Drop a sequence and free its blocks; one that is not here is ignored."""
