@@ -489,3 +489,28 @@ asyncio.run(main())
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
+
+
+def test_a_forked_child_is_told_that_the_thread_is_not_its_own(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "tiny")
+    program = f"""
+import asyncio, os, sys, bitllm
+async def main():
+    async with await bitllm.AsyncLLM.load({str(model)!r}, context=512) as llm:
+        stream = llm.stream("hello", max_tokens=400)
+        await anext(stream)
+        child = os.fork()
+        if child == 0:
+            try:
+                await llm.generate("more", max_tokens=2)
+            except bitllm.ConfigError:
+                os._exit(7)
+            os._exit(1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print(len((await llm.generate("more", max_tokens=2)).token_ids))
+asyncio.run(main())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "7\n2\n"), ended.stderr

@@ -260,6 +260,13 @@ def test_choices_share_the_scores_of_their_prompt(llm: LLM) -> None:
     assert [each.prompt_logprobs for each in result.choices] == [expected] * 3
 
 
+def test_choices_of_an_echo_end_too(llm: LLM) -> None:
+    result = llm.generate(TEXT, n=3, max_tokens=0, prompt_logprobs=0)
+    assert [each.token_ids for each in result.choices] == [()] * 3
+    assert {each.prompt_logprobs for each in result.choices} == {result.prompt_logprobs}
+    assert llm.free_blocks == 8
+
+
 def test_a_kept_prefix_changes_no_row(llm: LLM, truth: LLM) -> None:
     long = [n % 250 for n in range(100)]
     llm.generate(long, max_tokens=1)  # its blocks are kept

@@ -106,6 +106,7 @@ class AsyncLLM:
     ) -> Completion | list[Completion]:
         """Continue a prompt, or several at once; as `LLM.generate`."""
         sampling = sampling_of(params, options)
+        self._thread.check_open()
         one = is_one(prompt)
         prompts = [prompt] if is_one(prompt) else cast("list[Prompt]", prompt)
         requests = await asyncio.to_thread(
@@ -251,6 +252,7 @@ class AsyncLLM:
         return repr(self.llm).replace("<LLM", "<AsyncLLM", 1)
 
     async def _answer(self, prepare: Callable[[], Request], sampling: SamplingParams) -> Completion:
+        self._thread.check_open()
         (completion,) = await self._finish([await asyncio.to_thread(prepare)], sampling)
         return completion
 
@@ -270,6 +272,7 @@ class AsyncLLM:
                 self._thread.cancel(feed)
 
     async def _read(self, read: Callable[[TokenAccess], _Result]) -> _Result:
+        self._thread.check_open()
         access = _ThreadAccess(self.llm, self._thread)
         try:
             return await asyncio.to_thread(read, access)
@@ -325,6 +328,7 @@ class ChunkStream:
     async def _next(self) -> Chunk:
         feed = self._feed
         if feed is None:
+            self._thread.check_open()
             request = await asyncio.to_thread(self._prepare)
             loop = asyncio.get_running_loop()
             notify = functools.partial(loop.call_soon_threadsafe, self._news.set)

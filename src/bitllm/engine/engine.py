@@ -299,7 +299,8 @@ class Engine:
                 taken[kind] = part.stop
                 self._take_rows(sequence, rows, output, part)
             if run.length == sequence.pending:
-                sequence.read(now)
+                for each in [sequence, *sequence.followers]:
+                    each.read(now)
 
     def _take_rows(self, sequence: Sequence, rows: Rows, output: StepOutput, part: slice) -> None:
         if rows.readout.kind != OutputKind.SCORE:

@@ -77,6 +77,15 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="bitllm engine", daemon=True)
         self._thread.start()
 
+    def check_open(self) -> None:
+        """Refuse to go on where nobody would answer.
+
+        Raises:
+            ConfigError: the thread was told to end, or was left behind by a fork.
+        """
+        if self._refusing or not self._thread.is_alive():
+            raise _closed()
+
     def submit(self, request: Request, notify: Callable[[], object], *, chunks: bool) -> Feed:
         """Hand a request over.
 
@@ -86,10 +95,9 @@ class EngineThread:
             chunks: whether the reader wants the text piece by piece.
 
         Raises:
-            ConfigError: the thread was told to end, or is in another process.
+            ConfigError: as `check_open`.
         """
-        if self._refusing or not self._thread.is_alive():
-            raise _closed()
+        self.check_open()
         feed = Feed(request, notify, chunks=chunks)
         self._inbox.put(lambda: self._add(feed))
         if self._finished:
