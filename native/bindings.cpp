@@ -122,16 +122,16 @@ using I32 = Vector<const int32_t>;
 using F32 = Vector<const float>;
 
 SamplePlan plan_of(const F32& temperature, const I32& top_k, const F32& top_p, const F32& min_p,
-                   const Vector<const uint64_t>& seed, const I32& choice, const I32& position,
-                   const I32& top_logprobs, const F32& repetition_penalty,
+                   const F32& typical_p, const Vector<const uint64_t>& seed, const I32& choice,
+                   const I32& position, const I32& top_logprobs, const F32& repetition_penalty,
                    const F32& frequency_penalty, const F32& presence_penalty,
                    const I32& seen_offsets, const I32& seen_ids, const I32& seen_counts,
                    const I32& bias_offsets, const I32& bias_ids, const F32& bias_values,
                    const Matrix<const uint32_t>& mask, const I32& mask_rows) {
     const size_t n = temperature.shape(0);
     for (const size_t length :
-         {top_k.shape(0), top_p.shape(0), min_p.shape(0), seed.shape(0), choice.shape(0),
-          position.shape(0), top_logprobs.shape(0), repetition_penalty.shape(0),
+         {top_k.shape(0), top_p.shape(0), min_p.shape(0), typical_p.shape(0), seed.shape(0),
+          choice.shape(0), position.shape(0), top_logprobs.shape(0), repetition_penalty.shape(0),
           frequency_penalty.shape(0), presence_penalty.shape(0), mask_rows.shape(0),
           seen_offsets.shape(0) - 1, bias_offsets.shape(0) - 1})
         require(length == n,
@@ -144,6 +144,7 @@ SamplePlan plan_of(const F32& temperature, const I32& top_k, const F32& top_p, c
     plan.top_k = top_k.data();
     plan.top_p = top_p.data();
     plan.min_p = min_p.data();
+    plan.typical_p = typical_p.data();
     plan.seed = seed.data();
     plan.choice = choice.data();
     plan.position = position.data();
@@ -171,12 +172,13 @@ void forward(BoundDecoder& decoder, const I32& token_ids, const I32& positions,
              const I32& adapter_slots, const I32& output_rows,
              const Vector<const uint8_t>& output_kinds, const I32& score_targets,
              const I32& score_top_n, const F32& temperature, const I32& top_k, const F32& top_p,
-             const F32& min_p, const Vector<const uint64_t>& seed, const I32& choice,
-             const I32& position, const I32& top_logprobs, const F32& repetition_penalty,
-             const F32& frequency_penalty, const F32& presence_penalty, const I32& seen_offsets,
-             const I32& seen_ids, const I32& seen_counts, const I32& bias_offsets,
-             const I32& bias_ids, const F32& bias_values, const Matrix<const uint32_t>& mask,
-             const I32& mask_rows, const Matrix<float>& hidden, const Matrix<float>& logits,
+             const F32& min_p, const F32& typical_p, const Vector<const uint64_t>& seed,
+             const I32& choice, const I32& position, const I32& top_logprobs,
+             const F32& repetition_penalty, const F32& frequency_penalty,
+             const F32& presence_penalty, const I32& seen_offsets, const I32& seen_ids,
+             const I32& seen_counts, const I32& bias_offsets, const I32& bias_ids,
+             const F32& bias_values, const Matrix<const uint32_t>& mask, const I32& mask_rows,
+             const Matrix<float>& hidden, const Matrix<float>& logits,
              const Vector<int32_t>& sampled, const Vector<float>& logprobs,
              const Matrix<int32_t>& top_ids, const Matrix<float>& top_values) {
     require(block_tables.shape(0) + 1 == run_offsets.shape(0),
@@ -193,7 +195,7 @@ void forward(BoundDecoder& decoder, const I32& token_ids, const I32& positions,
     input.score_targets = span_of(score_targets);
     input.score_top_n = span_of(score_top_n);
     input.plan =
-        plan_of(temperature, top_k, top_p, min_p, seed, choice, position, top_logprobs,
+        plan_of(temperature, top_k, top_p, min_p, typical_p, seed, choice, position, top_logprobs,
                 repetition_penalty, frequency_penalty, presence_penalty, seen_offsets, seen_ids,
                 seen_counts, bias_offsets, bias_ids, bias_values, mask, mask_rows);
 
@@ -315,15 +317,15 @@ void bind_decoder(nb::module_& module) {
              "adapter_slots"_a.noconvert(), "output_rows"_a.noconvert(),
              "output_kinds"_a.noconvert(), "score_targets"_a.noconvert(),
              "score_top_n"_a.noconvert(), "temperature"_a.noconvert(), "top_k"_a.noconvert(),
-             "top_p"_a.noconvert(), "min_p"_a.noconvert(), "seed"_a.noconvert(),
-             "choice"_a.noconvert(), "position"_a.noconvert(), "top_logprobs"_a.noconvert(),
-             "repetition_penalty"_a.noconvert(), "frequency_penalty"_a.noconvert(),
-             "presence_penalty"_a.noconvert(), "seen_offsets"_a.noconvert(),
-             "seen_ids"_a.noconvert(), "seen_counts"_a.noconvert(), "bias_offsets"_a.noconvert(),
-             "bias_ids"_a.noconvert(), "bias_values"_a.noconvert(), "mask"_a.noconvert(),
-             "mask_rows"_a.noconvert(), "hidden"_a.noconvert(), "logits"_a.noconvert(),
-             "sampled"_a.noconvert(), "logprobs"_a.noconvert(), "top_ids"_a.noconvert(),
-             "top_values"_a.noconvert(),
+             "top_p"_a.noconvert(), "min_p"_a.noconvert(), "typical_p"_a.noconvert(),
+             "seed"_a.noconvert(), "choice"_a.noconvert(), "position"_a.noconvert(),
+             "top_logprobs"_a.noconvert(), "repetition_penalty"_a.noconvert(),
+             "frequency_penalty"_a.noconvert(), "presence_penalty"_a.noconvert(),
+             "seen_offsets"_a.noconvert(), "seen_ids"_a.noconvert(), "seen_counts"_a.noconvert(),
+             "bias_offsets"_a.noconvert(), "bias_ids"_a.noconvert(), "bias_values"_a.noconvert(),
+             "mask"_a.noconvert(), "mask_rows"_a.noconvert(), "hidden"_a.noconvert(),
+             "logits"_a.noconvert(), "sampled"_a.noconvert(), "logprobs"_a.noconvert(),
+             "top_ids"_a.noconvert(), "top_values"_a.noconvert(),
              "One step: Batch, SamplePlan, then the arrays of StepOutput to fill.")
         .def(
             "measure_stages", [](BoundDecoder& self, bool on) { self.core().measure_stages(on); },

@@ -341,6 +341,8 @@ void Decoder::check_plan(const SamplePlan& plan) const {
         demand(plan.top_k[i] >= 0, "top_k must not be negative");
         demand(plan.top_p[i] > 0.0f && plan.top_p[i] <= 1.0f, "top_p must lie in (0, 1]");
         demand(plan.min_p[i] >= 0.0f && plan.min_p[i] <= 1.0f, "min_p must lie in [0, 1]");
+        demand(plan.typical_p[i] > 0.0f && plan.typical_p[i] <= 1.0f,
+               "typical_p must lie in (0, 1]");
         demand(plan.repetition_penalty[i] > 0.0f, "repetition_penalty must be positive");
         demand(plan.choice[i] >= 0 && plan.position[i] >= 0,
                "choice and position must not be negative");

@@ -97,6 +97,7 @@ bool HeadScreen::decides(const SamplePlan& plan, size_t entry) const {
     const float temperature = plan.temperature[entry];
     if (temperature > 0.0f) {
         if (temperature < SMALLEST_TEMPERATURE) return false;
+        if (plan.typical_p[entry] < 1.0f) return false;  // the likeliest may be cut, the rare kept
         if (limited(plan, entry, vocab_) &&
             static_cast<size_t>(plan.top_k[entry]) > vocab_ / LARGEST_TOP_K_PART)
             return false;

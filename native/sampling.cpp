@@ -157,11 +157,12 @@ int32_t Sampler::draw(const SamplePlan& plan, size_t entry, const float* logits)
     if (temperature == 0.0f || likeliest < 0) return likeliest;
 
     Draw draw(plan, entry, row, row[likeliest]);
-    draw.offer(likeliest);
+    if (plan.typical_p[entry] == 1.0f) draw.offer(likeliest);  // all other cuts keep it
     const auto top_k = static_cast<size_t>(plan.top_k[entry]);
     const float top_p = plan.top_p[entry], min_p = plan.min_p[entry];
+    const float typical_p = plan.typical_p[entry];
     const bool limited = top_k > 0 && top_k < vocab_;
-    if (!limited && top_p == 1.0f && min_p == 0.0f) {
+    if (!limited && top_p == 1.0f && min_p == 0.0f && typical_p == 1.0f) {
         draw_of_all(draw);
         return draw.best_id;
     }
@@ -172,11 +173,15 @@ int32_t Sampler::draw(const SamplePlan& plan, size_t entry, const float* logits)
         if (top_p < 1.0f) count = prefix_of(top_p * sum_in_order(count), count);
     } else if (top_p < 1.0f) {
         count = keep_nucleus(row, row[likeliest], temperature, top_p);
+    } else if (typical_p < 1.0f) {
+        count = sort_above(row, LOWEST);
+        weigh_kept(row, count, temperature);
     } else {
         weigh_all(row, row[likeliest], temperature);
         std::iota(kept_, kept_ + vocab_, 0);
     }
     if (min_p > 0.0f) count = drop_unlikely(count, min_p);
+    if (typical_p < 1.0f) count = keep_typical(count, typical_p);
     draw_of_kept(draw, count);
     return draw.best_id;
 }
@@ -296,8 +301,45 @@ size_t Sampler::keep_nucleus(const float* logits, float highest, float temperatu
 // min-p: of kept_[0 .. count), those with at least this share of the likeliest's probability.
 size_t Sampler::drop_unlikely(size_t count, float min_p) {
     size_t left = 0;
+    for (size_t i = 0; i < count; ++i) {
+        if (!(probabilities_[i] >= min_p)) continue;
+        kept_[left] = kept_[i];
+        probabilities_[left++] = probabilities_[i];
+    }
+    return left;
+}
+
+// Locally typical: of kept_[0 .. count), most likely first, the fewest whose surprise is nearest to
+// the entropy and that together have this share of the probability. Distances are not negative, so
+// their bits sort as they do.
+size_t Sampler::keep_typical(size_t count, float typical_p) {
+    const auto weight = [&](size_t i) {
+        return probabilities_[i] > 0.0f ? static_cast<double>(probabilities_[i]) : 0.0;
+    };
+    double total = 0.0, entropy = 0.0;
+    for (size_t i = 0; i < count; ++i) total += weight(i);
+    const double log_total = total > 0.0 ? log_f64(total) : 0.0;
+    const auto surprise = [&](size_t i) { return -(log_f64(weight(i)) - log_total); };
     for (size_t i = 0; i < count; ++i)
-        if (probabilities_[i] >= min_p) kept_[left++] = kept_[i];
+        if (weight(i) > 0.0) entropy += weight(i) / total * surprise(i);
+
+    uint64_t* distances = keys_;
+    uint64_t* order = keys_ + vocab_;
+    for (size_t i = 0; i < count; ++i) {
+        const double distance = weight(i) > 0.0 ? std::fabs(surprise(i) - entropy)
+                                                : std::numeric_limits<double>::infinity();
+        distances[i] = std::bit_cast<uint64_t>(distance);
+        order[i] = i;
+    }
+    std::sort(order, order + count, [&](uint64_t a, uint64_t b) {
+        return distances[a] != distances[b] ? distances[a] < distances[b] : a < b;
+    });
+    const double wanted = static_cast<double>(typical_p) * total;
+    double cumulative = 0.0;
+    size_t left = 0;
+    while (left < count && (left == 0 || cumulative < wanted)) cumulative += weight(order[left++]);
+    std::sort(order, order + left);
+    for (size_t i = 0; i < left; ++i) kept_[i] = kept_[order[i]];
     return left;
 }
 

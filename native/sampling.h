@@ -21,6 +21,7 @@ struct SamplePlan {
     const int32_t* top_k = nullptr;
     const float* top_p = nullptr;
     const float* min_p = nullptr;
+    const float* typical_p = nullptr;
     const uint64_t* seed = nullptr;
     const int32_t* choice = nullptr;
     const int32_t* position = nullptr;
@@ -63,7 +64,7 @@ class Sampler {
     // NaN or -infinity.
     int32_t draw(const SamplePlan& plan, size_t entry, const float* logits);
 
-    // The same without top-k, top-p and min-p.
+    // The same without cuts.
     int32_t draw_uncut(const SamplePlan& plan, size_t entry, const float* logits);
 
     // The logits after bias, penalties and mask: in scratch, or `logits` themselves where the entry
@@ -84,6 +85,7 @@ class Sampler {
     size_t prefix_of(double wanted, size_t count) const;
     size_t keep_nucleus(const float* logits, float highest, float temperature, float top_p);
     size_t drop_unlikely(size_t count, float min_p);
+    size_t keep_typical(size_t count, float typical_p);
     void draw_of_all(Draw& draw) const;
     void draw_of_kept(Draw& draw, size_t count) const;
 

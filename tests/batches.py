@@ -73,6 +73,7 @@ class Draw:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     seed: int = 0
     choice: int = 0
     position: int = 0

@@ -11,7 +11,7 @@ START, END = 256, 257
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[reply]"
 
 
-def byte_tokenizer(*, chat: bool = True) -> Tokenizer:
+def byte_tokenizer(*, chat: bool = True, template: str = TEMPLATE) -> Tokenizer:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letter = {byte: chr(byte) for byte in printable}
@@ -21,4 +21,4 @@ def byte_tokenizer(*, chat: bool = True) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>"])
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-    return Tokenizer(backend, config, template=TEMPLATE if chat else None, name="byte model")
+    return Tokenizer(backend, config, template=template if chat else None, name="byte model")

@@ -98,8 +98,10 @@ class FakeDecoder:
                 prefix = self._cache[table[: block + 1]].reshape(-1)[: position + 1]
                 assert (prefix != NOTHING).all(), "attention reads a position never written"
                 rows.append(prefix.tolist())
-        assert (batch.output_kinds == OutputKind.SAMPLE).all()
-        return self._sample([rows[row] for row in batch.output_rows], batch.plan)
+        wanted: list[list[list[int]]] = [[] for _ in range(OutputKind.COUNT)]
+        for row, kind in zip(batch.output_rows, batch.output_kinds, strict=True):
+            wanted[kind].append(rows[row])
+        return self._outputs(wanted, batch)
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         seed = zlib.crc32(np.array(tokens, np.int64).tobytes())
@@ -108,23 +110,41 @@ class FakeDecoder:
             logits[self._next_token(tokens)] = 50.0
         return logits
 
-    def _sample(self, prefixes: list[list[int]], plan: SamplePlan) -> StepOutput:
-        width = max([0, *plan.top_logprobs.tolist()])
-        drawn = np.zeros(len(prefixes), np.int32)
+    def hidden(self, tokens: list[int]) -> np.ndarray:
+        return self.logits(tokens)[: self.spec.hidden_size]
+
+    def _outputs(self, wanted: list[list[list[int]]], batch: Batch) -> StepOutput:
+        plan = batch.plan
+        samples, scores = wanted[OutputKind.SAMPLE], wanted[OutputKind.SCORE]
+        prefixes = samples + scores
+        top_n = [*plan.top_logprobs.tolist(), *batch.score_top_n.tolist()]
+        width = max([0, *top_n])
+        drawn = np.zeros(len(samples), np.int32)
         logprobs = np.full(len(prefixes), np.nan, np.float32)
         top_ids = np.full((len(prefixes), width), -1, np.int32)
         top_logprobs = np.full((len(prefixes), width), np.nan, np.float32)
         for index, prefix in enumerate(prefixes):
             raw = self.logits(prefix)
-            drawn[index] = _draw(raw.copy(), plan, index)
-            if (count := plan.top_logprobs[index]) >= 0:
+            if index < len(samples):
+                target = drawn[index] = draw(raw.copy(), plan, index)
+            else:
+                target = batch.score_targets[index - len(samples)]
+            if (count := top_n[index]) >= 0:
                 log_softmax = raw - np.log(np.exp(raw).sum())
-                logprobs[index] = log_softmax[drawn[index]]
+                logprobs[index] = log_softmax[target]
                 best = np.argsort(-raw, kind="stable")[:count]
                 top_ids[index, :count] = best
                 top_logprobs[index, :count] = log_softmax[best]
-        nothing = np.zeros((0, 0), np.float32)
-        return StepOutput(nothing, nothing, drawn, logprobs, top_ids, top_logprobs)
+        hidden = [self.hidden(prefix) for prefix in wanted[OutputKind.HIDDEN]]
+        logits = [self.logits(prefix) for prefix in wanted[OutputKind.LOGITS]]
+        return StepOutput(
+            np.array(hidden, np.float32).reshape(-1, self.spec.hidden_size),
+            np.array(logits, np.float32).reshape(-1, self.spec.vocab_size),
+            drawn,
+            logprobs,
+            top_ids,
+            top_logprobs,
+        )
 
     def close(self) -> None:
         self.closed = True
@@ -140,7 +160,7 @@ class FakeDecoder:
         self._cache[blocks] = data.view(np.int64)
 
 
-def _draw(logits: np.ndarray, plan: SamplePlan, index: int) -> int:
+def draw(logits: np.ndarray, plan: SamplePlan, index: int) -> int:
     """Bias, penalties, mask, temperature and a Gumbel draw; the cuts are not imitated."""
     biased = slice(plan.bias_offsets[index], plan.bias_offsets[index + 1])
     logits[plan.bias_ids[biased]] += plan.bias_values[biased]

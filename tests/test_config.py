@@ -51,6 +51,13 @@ from bitllm.errors import ConfigError
         ("logit_bias", {"a": 1.0}, "whole number"),
         ("logit_bias", {1: float("-inf")}, "finite"),
         ("logprobs", -1, "at least 0"),
+        ("n", 0, "1 to 128"),
+        ("n", 129, "1 to 128"),
+        ("best_of", 129, "1 to 128"),
+        ("priority", 1001, "-1000 to 1000"),
+        ("priority", 0.5, "whole number"),
+        ("timeout", 0, "above 0"),
+        ("timeout", "1s", "must be a number"),
     ],
 )
 def test_sampling_values_that_cannot_be_meant(option: str, value: Any, says: str) -> None:
@@ -62,6 +69,12 @@ def test_sampling_values_that_cannot_be_meant(option: str, value: Any, says: str
 def test_min_tokens_above_max_tokens() -> None:
     with pytest.raises(ConfigError, match="min_tokens is 5, but max_tokens only 4"):
         SamplingParams(min_tokens=5, max_tokens=4)
+
+
+def test_best_of_holds_n() -> None:
+    with pytest.raises(ConfigError, match="best_of must be 3 to 128, got 2"):
+        SamplingParams(n=3, best_of=2)
+    assert SamplingParams(n=3).choices == SamplingParams(n=1, best_of=3).choices == 3
 
 
 def test_values_at_their_bounds_are_taken() -> None:
@@ -127,6 +140,7 @@ def test_options_over_a_base() -> None:
         ("context", "4k", "whole number"),
         ("kv_tokens", -5, "at least 1"),
         ("max_batch_tokens", None, "whole number"),
+        ("prefix_cache", 1, "True or False"),
         ("memory_limit", 1.5, "whole number"),
     ],
 )

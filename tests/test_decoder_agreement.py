@@ -270,6 +270,7 @@ DRAWS = st.builds(
     top_k=st.sampled_from([0, 1, 2, 40, 101, 1000]),
     top_p=st.sampled_from(FRACTIONS),
     min_p=st.sampled_from([0.0, *FRACTIONS]),
+    typical_p=st.sampled_from([1.0, *FRACTIONS]),
     seed=st.integers(0, 2**64 - 1),
     choice=st.integers(0, 2**31 - 1),
     position=st.integers(0, 2**31 - 1),
@@ -311,7 +312,14 @@ def test_logits_that_are_no_numbers_draw_nothing():
     allowed = frozenset(range(60))
     draws = [
         Draw(**cuts, allowed=mask, top_logprobs=3)
-        for cuts in ({"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1})
+        for cuts in (
+            {"temperature": 0},
+            {},
+            {"top_k": 5},
+            {"top_p": 0.8},
+            {"min_p": 0.1},
+            {"typical_p": 0.5},
+        )
         for mask in (None, allowed)
     ]
     batch = make_batch(

@@ -296,6 +296,7 @@ PLAN_CONTRADICTIONS = {
     "top_p zero": {"top_p": np.array([0.0], np.float32)},
     "top_p above one": {"top_p": np.array([1.5], np.float32)},
     "min_p above one": {"min_p": np.array([1.5], np.float32)},
+    "typical_p zero": {"typical_p": np.array([0.0], np.float32)},
     "no repetition penalty": {"repetition_penalty": np.array([0.0], np.float32)},
     "mask row unknown": {"mask_rows": np.array([0], I32)},
     "mask too narrow": {"mask": np.zeros((1, 3), np.uint32), "mask_rows": np.array([0], I32)},

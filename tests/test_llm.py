@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,11 @@ CONTEXT = 256
 
 
 def make_llm(
-    next_token: Callable[[list[int]], int] | None = None, *, chat: bool = True, **defaults: Any
+    next_token: Callable[[list[int]], int] | None = None,
+    *,
+    chat: bool = True,
+    prefix_cache: bool = True,
+    **defaults: Any,
 ) -> LLM:
     return LLM(
         FakeDecoder(next_token=next_token),
@@ -30,6 +35,7 @@ def make_llm(
         context=CONTEXT,
         max_batch_tokens=64,
         defaults=ModelDefaults(stop_ids=frozenset({END}), **defaults),
+        prefix_cache=prefix_cache,
     )
 
 
@@ -331,6 +337,140 @@ def test_close_and_with() -> None:
         with pytest.raises(ConfigError, match="this model is closed"):
             act()
     assert "closed" in repr(llm)
+
+
+def test_n_completions_of_one_prompt() -> None:
+    llm = make_llm()
+    asked = SamplingParams(temperature=1.0, seed=3, max_tokens=20, logprobs=1)
+    one = llm.generate("hello" * 10, params=asked)
+    assert one.choices == (one,)
+    rows = len(prompts_seen(llm)[0])
+    four = llm.generate("hello" * 10, params=asked, n=4)
+    assert [len(step) for step in prompts_seen(llm)][20] < rows + 4  # the prompt but once
+    assert [each.index for each in four.choices] == [0, 1, 2, 3]
+    assert len({each.text for each in four.choices}) == 4
+    assert {each.seed for each in four.choices} == {3}
+    assert all(each.usage.prefill_seconds > 0 for each in four.choices)
+    two = llm.generate("hello" * 10, params=asked, n=2)
+    for few, many in ((one, two), (two, four)):
+        for less, more in zip(few.choices, many.choices, strict=False):
+            assert (less.text, less.token_ids, less.logprobs) == (
+                more.text,
+                more.token_ids,
+                more.logprobs,
+            )
+    assert four.alternatives[0].alternatives == ()
+    assert llm.free_blocks == 8
+
+
+def test_n_for_each_prompt_of_a_list() -> None:
+    llm = make_llm()
+    asked = SamplingParams(temperature=1.0, seed=3, max_tokens=5)
+    both = llm.generate(["one", "two"], params=asked, n=3)
+    for prompt, result in zip(("one", "two"), both, strict=True):
+        alone = llm.generate(prompt, params=asked, n=3)
+        assert [each.text for each in result.choices] == [each.text for each in alone.choices]
+
+
+def test_best_of_returns_those_of_the_highest_log_probability_a_token() -> None:
+    llm = make_llm()
+    asked = SamplingParams(temperature=1.0, seed=3, stop=["e", "a"], max_tokens=12)
+    all_six = llm.generate("hello", params=asked, n=6, logprobs=0).choices
+
+    def score(completion: Completion) -> float:
+        assert completion.logprobs is not None
+        return sum(each.logprob for each in completion.logprobs) / len(completion.token_ids)
+
+    best = sorted(all_six, key=score, reverse=True)[:2]
+    assert len({len(each.token_ids) for each in all_six}) > 1
+    two = llm.generate("hello", params=asked, n=2, best_of=6)
+    assert [each.index for each in two.choices] == [each.index for each in best] != [0, 1]
+    assert [each.text for each in two.choices] == [each.text for each in best]
+    assert all(each.logprobs is None for each in two.choices)
+    shown = llm.generate("hello", params=asked, best_of=6, logprobs=2)
+    assert shown.logprobs is not None
+    assert len(shown.logprobs[0].top) == 2
+    for stream in (llm.stream, lambda prompt, **options: llm.chat(prompt, stream=True, **options)):
+        with pytest.raises(ConfigError, match="best_of=6 with n=1 cannot be streamed"):
+            stream("hello", best_of=6)
+
+
+def test_a_stream_of_several_choices_says_where_each_chunk_belongs() -> None:
+    llm = make_llm()
+    asked = SamplingParams(temperature=1.0, seed=3, stop=["e", "a"], max_tokens=30, n=3)
+    whole = llm.generate("hello", params=asked)
+    chunks = list(llm.stream("hello", params=asked))
+    for each in whole.choices:
+        own = [chunk for chunk in chunks if chunk.index == each.index]
+        assert "".join(map(str, own)) == each.text
+        assert sum((chunk.token_ids for chunk in own), ()) == each.token_ids
+        assert [chunk.finish_reason for chunk in own][-1] == each.finish_reason
+        assert all(chunk.finish_reason is None for chunk in own[:-1])
+    order = [chunk.index for chunk in chunks]
+    assert order != sorted(order)  # side by side, not one after another
+    assert llm.free_blocks == 8
+    for _ in llm.stream("hello", params=asked):
+        break
+    gc.collect()
+    assert llm.free_blocks == 8
+
+
+def test_a_timeout_ends_a_text_with_what_there_is() -> None:
+    llm = make_llm()
+    whole = llm.generate("hello", max_tokens=30)
+    decoder = decoder_of(llm)
+    decoder.on_step = lambda: time.sleep(0.02)
+    cut = llm.generate("hello", max_tokens=30, timeout=0.1)
+    assert cut.finish_reason == "timeout"
+    assert 0 < len(cut.token_ids) < 30
+    assert whole.token_ids[: len(cut.token_ids)] == cut.token_ids
+    assert llm.decode(cut.token_ids) == cut.text
+    chunks = list(llm.stream("hello", max_tokens=30, timeout=0.1))
+    assert chunks[-1].finish_reason == "timeout"
+    late, usual = llm.generate("hello", timeout=1e-9, n=2).choices
+    assert (late.text, late.token_ids, late.finish_reason) == ("", (), "timeout")
+    assert usual.finish_reason == "timeout"
+    decoder.on_step = lambda: None
+    assert llm.generate("hello", max_tokens=30, timeout=60).token_ids == whole.token_ids
+    assert llm.free_blocks == 8
+
+
+def test_a_conversation_is_read_once() -> None:
+    turn = [START, *b"x" * 60]
+    llm = make_llm()
+    first = llm.generate(turn, max_tokens=40)
+    assert first.usage.cached_tokens == 0
+    turn += [*first.token_ids, *b"y" * 20]
+    second = llm.generate(turn, max_tokens=5)
+    assert second.usage.cached_tokens == 96  # of 100 that were computed, in whole blocks
+    assert sum(map(len, prompts_seen(llm)[-7:])) == 121 - 96 + 4 + 2
+    plain = make_llm(prefix_cache=False)
+    plain.generate(turn[:61], max_tokens=40)
+    again = plain.generate(turn, max_tokens=5)
+    assert again.usage.cached_tokens == plain.stats().cached_blocks == 0
+    assert again.token_ids == second.token_ids
+
+
+def test_stats_count_what_was_done() -> None:
+    llm = make_llm(lambda tokens: 97)
+    before = llm.stats()
+    assert (before.blocks, before.free_blocks, before.steps) == (8, 8, 0)
+    assert before.hit_rate == before.fragmentation == 0.0
+    stream = llm.stream("x" * 69, max_tokens=10)
+    next(stream)
+    during = llm.stats()
+    assert (during.used_blocks, during.running, during.waiting) == (3, 1, 0)
+    assert during.unfilled_positions == 3 * 32 - 70
+    assert during.fragmentation == 26 / 96
+    assert (during.prefilled_tokens, during.decoded_tokens, during.steps) == (70, 0, 2)
+    list(stream)
+    llm.generate("x" * 69, max_tokens=1)
+    after = llm.stats()
+    assert (after.used_blocks, after.cached_blocks, after.free_blocks) == (0, 2, 6)
+    assert (after.prefilled_tokens, after.decoded_tokens) == (70 + 6, 9)
+    assert (after.cached_tokens, after.hit_rate) == (64, 64 / 140)
+    assert after.steps == len(prompts_seen(llm)) == 12
+    assert after.preemptions == 0
 
 
 def test_repr_says_what_the_model_does_by_default() -> None:

@@ -46,6 +46,15 @@ def test_a_loaded_model_tells_about_itself(llm: LLM) -> None:
     assert llm.defaults.stop_ids == llm.tokenizer.stop_ids
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_the_prefix_cache_can_be_switched_off(model: Path, prefix_cache: bool) -> None:
+    with load(str(model), context=256, prefix_cache=prefix_cache) as llm:
+        prompt = random_prompts(70)[-1]
+        first, again = (llm.generate(prompt, max_tokens=5, logprobs=3) for _ in range(2))
+        assert (first.token_ids, first.logprobs) == (again.token_ids, again.logprobs)
+        assert (again.usage.cached_tokens > 0) is (llm.stats().hit_rate > 0) is prefix_cache
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_together_is_as_one_by_one(llm: LLM, temperature: float) -> None:
     prompts = random_prompts(7)

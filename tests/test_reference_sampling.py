@@ -84,6 +84,36 @@ def test_top_p_counts_within_the_top_k():
     assert kept([1, 1, 1, 1], top_k=2, top_p=0.51) == [0, 1]
 
 
+@QUICK
+@given(
+    LOGITS,
+    st.sampled_from([0.05, 0.3, 0.5, 0.9, 0.99]),
+    st.sampled_from([0.5, 1.0, 2.0]),
+    st.sampled_from([0, 7]),
+)
+def test_typical_keeps_the_smallest_set_nearest_to_the_entropy(logits, p, temperature, top_k):
+    ids = kept(logits, typical_p=p, temperature=temperature, top_k=top_k)
+    left = kept(logits, temperature=temperature, top_k=top_k)
+    mass = np.zeros(VOCAB)
+    mass[left] = probabilities(np.asarray(logits, np.float64)[left], temperature)
+    surprise = -np.log(mass[left])
+    distance = dict(zip(left, np.abs(surprise - (mass[left] * surprise).sum()), strict=True))
+    rest = [distance[i] for i in left if i not in ids]
+    assert max(distance[i] for i in ids) <= min(rest, default=np.inf) + 1e-5
+    assert mass[ids].sum() >= p - 1e-6
+    furthest = max(distance[i] for i in ids)
+    inner = [i for i in ids if distance[i] < furthest - 1e-5]
+    assert mass[inner].sum() <= p + 1e-6
+    assert ids == [i for i in left if i in ids]
+
+
+def test_typical_may_drop_the_likeliest():
+    logits = np.log([0.4, *[0.05] * 12])  # surprise of the first 0.9, of the others 3.0, mean 2.2
+    assert 0 not in kept(logits, typical_p=0.5)
+    assert kept(logits, typical_p=0.5) == list(range(1, 12))[: len(kept(logits, typical_p=0.5))]
+    assert kept([0, 5, 1], typical_p=1e-6, temperature=1e-30) == [1]
+
+
 def test_min_p_comes_after_top_p():
     logits = np.log([0.5, 0.3, 0.15, 0.05])
     assert kept(logits, top_p=0.9, min_p=0.31) == [0, 1]

@@ -128,6 +128,9 @@ PLANS: dict[str, Plans] = {
     "min-p": lambda row, vocab: Draw(warmth(row), min_p=(0.02, 0.3)[row % 2], seed=row),
     "top-p": lambda row, vocab: Draw(warmth(row), top_p=(0.5, 0.9, 0.99)[row % 3], seed=row),
     "top-p, min-p": lambda row, vocab: Draw(warmth(row), top_p=0.95, min_p=0.05, seed=row),
+    "typical": lambda row, vocab: Draw(
+        warmth(row), typical_p=(0.2, 0.9)[row % 2], top_k=row % 3 * 30, seed=row
+    ),
     "penalties": lambda row, vocab: Draw(
         (0.0, 0.7)[row % 2],
         repetition_penalty=(1.3, 0.6)[row // 2 % 2],

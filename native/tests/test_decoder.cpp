@@ -204,7 +204,7 @@ std::vector<float> logits_of(Decoder& decoder, const std::vector<int32_t>& ids,
 struct Draws {
     std::vector<float> temperature = {0.0f, 1.0f, 0.7f, 0.7f, 0.7f}, top_p = {1, 1, 1, 0.9f, 1},
                        min_p = {0, 0, 0, 0, 0.1f}, ones = {1, 1, 1, 1, 1.5f},
-                       zeros = {0, 0, 0, 0, 0.5f};
+                       zeros = {0, 0, 0, 0, 0.5f}, typical_p = {1, 1, 1, 0.8f, 1};
     std::vector<int32_t> top_k = {0, 0, 30, 0, 0}, index = {0, 1, 2, 3, 4},
                          logprobs = {-1, 3, -1, 0, 2};
     std::vector<uint64_t> seed = {1, 2, 3, 4, 5};
@@ -220,6 +220,7 @@ struct Draws {
         plan.top_k = top_k.data();
         plan.top_p = top_p.data();
         plan.min_p = min_p.data();
+        plan.typical_p = typical_p.data();
         plan.seed = seed.data();
         plan.choice = plan.position = index.data();
         plan.top_logprobs = logprobs.data();

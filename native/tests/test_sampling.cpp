@@ -15,7 +15,7 @@ namespace {
 
 // A plan of one entry.
 struct Plan {
-    float temperature = 1.0f, top_p = 1.0f, min_p = 0.0f;
+    float temperature = 1.0f, top_p = 1.0f, min_p = 0.0f, typical_p = 1.0f;
     int32_t top_k = 0;
     uint64_t seed = 1;
     int32_t choice = 0, position = 0;
@@ -33,6 +33,7 @@ struct Plan {
         plan.top_k = &top_k;
         plan.top_p = &top_p;
         plan.min_p = &min_p;
+        plan.typical_p = &typical_p;
         plan.seed = &seed;
         plan.choice = &choice;
         plan.position = &position;

@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitllm.config import EngineOptions as EngineOptions
     from bitllm.config import SamplingParams as SamplingParams
+    from bitllm.engine.async_llm import AsyncLLM as AsyncLLM
     from bitllm.engine.llm import LLM as LLM
     from bitllm.engine.loading import load as load
     from bitllm.engine.outputs import Chunk as Chunk
     from bitllm.engine.outputs import Completion as Completion
+    from bitllm.engine.outputs import Score as Score
     from bitllm.engine.outputs import TokenLogprob as TokenLogprob
+    from bitllm.engine.outputs import ToolCall as ToolCall
     from bitllm.engine.outputs import Usage as Usage
+    from bitllm.engine.stats import EngineStats as EngineStats
     from bitllm.errors import BackendUnavailableError as BackendUnavailableError
     from bitllm.errors import BitllmError as BitllmError
     from bitllm.errors import ChatTemplateError as ChatTemplateError
@@ -44,9 +48,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "bitllm.config": ("EngineOptions", "SamplingParams"),
+    "bitllm.engine.async_llm": ("AsyncLLM",),
     "bitllm.engine.llm": ("LLM",),
     "bitllm.engine.loading": ("load",),
-    "bitllm.engine.outputs": ("Chunk", "Completion", "TokenLogprob", "Usage"),
+    "bitllm.engine.outputs": ("Chunk", "Completion", "Score", "TokenLogprob", "ToolCall", "Usage"),
+    "bitllm.engine.stats": ("EngineStats",),
     "bitllm.errors": (
         "BackendUnavailableError",
         "BitllmError",
@@ -72,6 +78,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BackendUnavailableError",
     "BitllmError",
     "ChatTemplateError",
@@ -82,6 +89,7 @@ __all__ = [
     "ContextOverflowError",
     "ConversionError",
     "EngineOptions",
+    "EngineStats",
     "FormatError",
     "InsufficientMemoryError",
     "MeasurementError",
@@ -90,9 +98,11 @@ __all__ = [
     "NotTernaryError",
     "QuantizationError",
     "SamplingParams",
+    "Score",
     "TensorShapeError",
     "TokenLogprob",
     "TokenizerError",
+    "ToolCall",
     "TrainingError",
     "UnsupportedModelError",
     "Usage",

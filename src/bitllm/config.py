@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ __all__ = [
     "KvDtype",
     "PackingName",
     "SamplingParams",
+    "as_integer",
     "parse_size",
 ]
 
@@ -39,6 +41,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 
 _MOST_THREADS = 1024
 _MOST_ROWS = 2**31 - 1  # of a step: they are counted in int32
+_MOST_CHOICES = 128
 # Numbers reach the decoder as float32: these are its largest and its smallest normal number.
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _SMALLEST_FLOAT32 = 2.0**-126
@@ -63,6 +66,9 @@ class SamplingParams:
         top_p: sample among the fewest tokens whose probabilities reach this sum, in (0, 1].
             Neutral: 1.
         min_p: drop tokens less likely than this fraction of the likeliest, in [0, 1]. Neutral: 0.
+        typical_p: sample among the tokens that are about as surprising as the model expects, the
+            fewest whose probabilities reach this sum (locally typical sampling, Meister et al.
+            2022), in (0, 1]. Neutral: 1.
         seed: 0 to 2**64 - 1; the same seed gives the same text on every machine. None = drawn from
             the operating system and reported in the `Completion`.
         stop: a string, or several; generation ends before the first of them that is completed.
@@ -76,6 +82,25 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of ids generated at least once.
         logit_bias: id -> finite number added to its logit.
         logprobs: None = none; k >= 0 = the log-probability of each token and of the k likeliest.
+        prompt_logprobs: the same for the tokens of the prompt (its "echo"). `max_tokens` may then
+            be 0: nothing is generated.
+        json_schema: the text is JSON of this schema, without white space between its parts; a
+            dictionary, or its JSON text.
+        regex: the whole text matches this regular expression, in the syntax of Rust.
+        grammar: the text is derived from the rule `start` of this Lark grammar, or from the rule
+            `root` of this GBNF grammar.
+        choice: the text is one of these strings.
+        n: how many completions of the prompt, 1 to 128; the prompt is computed once. Number i of a
+            seed is the same whatever `n` is; at temperature 0 all are alike.
+        best_of: compute this many, and return the `n` of the highest log-probability a token, the
+            best first; n to 128. None = `n`.
+        priority: lower goes first, -1000 to 1000: one step is worth 100 places in the queue.
+        timeout: seconds from the call after which the text ends with what there is, looked at
+            between steps; None = never.
+
+    Of `json_schema`, `regex`, `grammar` and `choice`, one at most. What they ask for holds for a
+    text that ends by itself, with finish_reason "stop"; `max_tokens`, stop strings and own stop ids
+    may cut it short, and where it is complete `min_tokens` does not prolong it.
     """
 
     max_tokens: int | None = None
@@ -83,6 +108,7 @@ class SamplingParams:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -93,9 +119,20 @@ class SamplingParams:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | None = field(default=None, hash=False)
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Sequence[str] | None = None
+    n: int = 1
+    best_of: int | None = None
+    priority: int = 0
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
-        _integer(self, "max_tokens", low=1, optional=True)
+        _integer(self, "prompt_logprobs", low=0, optional=True)
+        fewest = 1 if self.prompt_logprobs is None else 0
+        _integer(self, "max_tokens", low=fewest, optional=True)
         _number(self, "temperature", low=0.0, high=1000.0, optional=True)
         # Below this, logits divided by the temperature leave the range of float32.
         if self.temperature is not None and 0 < self.temperature < 0.001:
@@ -113,6 +150,7 @@ class SamplingParams:
         )
         _number(self, "top_p", low=0.0, high=1.0, above=True, optional=True)
         _number(self, "min_p", low=0.0, high=1.0, optional=True)
+        _number(self, "typical_p", low=0.0, high=1.0, above=True, optional=True)
         _integer(self, "seed", low=0, high=2**64 - 1, optional=True)
         _boolean(self, "ignore_eos")
         _integer(self, "min_tokens", low=0)
@@ -120,8 +158,13 @@ class SamplingParams:
         _number(self, "frequency_penalty")
         _number(self, "presence_penalty")
         _integer(self, "logprobs", low=0, optional=True)
+        _integer(self, "n", low=1, high=_MOST_CHOICES)
+        _integer(self, "best_of", low=self.n, high=_MOST_CHOICES, optional=True)
+        _integer(self, "priority", low=-1000, high=1000)
+        _number(self, "timeout", low=0.0, above=True, optional=True)
         self._check_stops()
         self._check_bias()
+        self._check_form()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ConfigError(
                 f"min_tokens is {self.min_tokens}, but max_tokens only {self.max_tokens}"
@@ -137,22 +180,41 @@ class SamplingParams:
         ids: object = self.stop_token_ids
         if isinstance(ids, str) or not isinstance(ids, Sequence):
             raise ConfigError(f"stop_token_ids must be a list of token ids, got {ids!r}")
-        checked = tuple(_as_integer("stop_token_ids", token, low=0) for token in ids)
+        checked = tuple(as_integer("stop_token_ids", token, low=0) for token in ids)
         object.__setattr__(self, "stop_token_ids", checked)
 
     def _check_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
             raise ConfigError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         checked = {
-            _as_integer("logit_bias", token, low=0): _as_number("logit_bias", value)
+            as_integer("logit_bias", token, low=0): _as_number("logit_bias", value)
             for token, value in self.logit_bias.items()
         }
         object.__setattr__(self, "logit_bias", checked)
+
+    def _check_form(self) -> None:
+        forms = ("json_schema", "regex", "grammar", "choice")
+        given = [name for name in forms if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} cannot be asked for together")
+        for name in ("regex", "grammar"):
+            text = getattr(self, name)
+            if text is not None and (not isinstance(text, str) or not text):
+                raise ConfigError(f"{name} must be a text that is not empty, got {text!r:.80}")
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings as a tuple, whichever way `stop` was given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def choices(self) -> int:
+        """How many completions are computed: `best_of`, or `n`."""
+        return self.n if self.best_of is None else self.best_of
 
     @classmethod
     def from_options(
@@ -185,6 +247,8 @@ class EngineOptions:
         kv_tokens: positions the KV cache holds over all sequences together, at least `context`;
             None = `context`. More lets more sequences run at once.
         max_batch_tokens: most token rows of one step; longer prompts are computed in pieces.
+        prefix_cache: keep the keys and values of texts that have ended, while nobody needs the
+            room, for later prompts that begin alike. The output is the same, to the bit.
         memory_limit: bytes the model may use in all; None = what the machine has free. `parse_size`
             reads "2.5GB".
     """
@@ -198,6 +262,7 @@ class EngineOptions:
     context: int | None = None
     kv_tokens: int | None = None
     max_batch_tokens: int = 256
+    prefix_cache: bool = True
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -214,6 +279,7 @@ class EngineOptions:
         for name in ("context", "kv_tokens", "memory_limit"):
             _integer(self, name, low=1, optional=True)
         _integer(self, "max_batch_tokens", low=1, high=_MOST_ROWS)
+        _boolean(self, "prefix_cache")
 
     @classmethod
     def from_options(
@@ -243,6 +309,48 @@ def parse_size(text: str) -> int:
     return size
 
 
+def _schema_text(schema: object) -> str:
+    """Return a JSON schema as text."""
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(parsed, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"json_schema is no JSON: {error}") from error
+    if not isinstance(parsed, Mapping):
+        raise ConfigError(
+            f"json_schema must be a JSON object, got {schema!r:.80}",
+            hint='any JSON object is {"type": "object"}',
+        )
+    return text
+
+
+def _choices(choice: object) -> tuple[str, ...]:
+    texts = () if isinstance(choice, str) or not isinstance(choice, Sequence) else tuple(choice)
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(
+            f"choice must be a list of strings that are not empty, got {choice!r:.80}"
+        )
+    return texts
+
+
+def as_integer(
+    name: str, value: Any, *, low: int, high: int | None = None, hint: str | None = None
+) -> int:
+    """Return `value` as an int.
+
+    Raises:
+        ConfigError: `name` is no whole number, or out of range.
+    """
+    wanted = f"at least {low}" if high is None else f"{low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{name} must be a whole number, {wanted}, got {value!r}", hint=hint)
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise ConfigError(f"{name} must be {wanted}, got {number}", hint=hint)
+    return number
+
+
 def _with_options(base: _Options, options: Mapping[str, Any], what: str) -> _Options:
     known = [item.name for item in dataclasses.fields(base)]
     for key in options:
@@ -264,7 +372,7 @@ def _integer(
 ) -> None:
     value = getattr(owner, name)
     if not (optional and value is None):
-        object.__setattr__(owner, name, _as_integer(name, value, low=low, high=high, hint=hint))
+        object.__setattr__(owner, name, as_integer(name, value, low=low, high=high, hint=hint))
 
 
 def _number(
@@ -285,18 +393,6 @@ def _number(
 def _boolean(owner: object, name: str) -> None:
     if not isinstance(getattr(owner, name), bool):
         raise ConfigError(f"{name} must be True or False, got {getattr(owner, name)!r}")
-
-
-def _as_integer(
-    name: str, value: Any, *, low: int, high: int | None = None, hint: str | None = None
-) -> int:
-    wanted = f"at least {low}" if high is None else f"{low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ConfigError(f"{name} must be a whole number, {wanted}, got {value!r}", hint=hint)
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        raise ConfigError(f"{name} must be {wanted}, got {number}", hint=hint)
-    return number
 
 
 def _as_number(

@@ -111,15 +111,18 @@ class SamplePlan:
     """How to draw tokens: parallel arrays with one entry for each SAMPLE row, in row order.
 
     Order of application to the row's logits: bias, penalties, mask, temperature, top-k, top-p
-    (within the top-k), min-p, draw. Temperature 0 is the argmax of the logits after the mask, the
-    lowest id winning a tie; cuts and seed are then ignored. The draw is the Gumbel argmax over the
-    kept ids, its uniforms a function of (seed, choice, position, token id) alone.
+    (within the top-k), min-p, typical, draw. Temperature 0 is the argmax of the logits after the
+    mask, the lowest id winning a tie; cuts and seed are then ignored. The draw is the Gumbel argmax
+    over the kept ids, its uniforms a function of (seed, choice, position, token id) alone.
 
     Attributes:
         temperature: float32 [n], >= 0.
         top_k: int32 [n], 0 = off.
         top_p: float32 [n] in (0, 1], 1 = off.
         min_p: float32 [n] in [0, 1], 0 = off: drops ids less likely than min_p times the likeliest.
+        typical_p: float32 [n] in (0, 1], 1 = off: keeps the ids whose surprise (minus the logarithm
+            of their probability) is nearest to the entropy of what the other cuts left, as few as
+            together reach this probability (locally typical sampling, Meister et al. 2022).
         seed: uint64 [n].
         choice: int32 [n], which of several completions of one prompt.
         position: int32 [n], index of the drawn token in its completion.
@@ -142,6 +145,7 @@ class SamplePlan:
     top_k: I32
     top_p: F32
     min_p: F32
+    typical_p: F32
     seed: U64
     choice: I32
     position: I32
@@ -166,6 +170,7 @@ class SamplePlan:
             top_k=np.zeros(count, np.int32),
             top_p=np.ones(count, np.float32),
             min_p=np.zeros(count, np.float32),
+            typical_p=np.ones(count, np.float32),
             seed=np.zeros(count, np.uint64),
             choice=np.zeros(count, np.int32),
             position=np.zeros(count, np.int32),
@@ -315,6 +320,7 @@ _ENTRY_FIELDS = (
     "top_k",
     "top_p",
     "min_p",
+    "typical_p",
     "seed",
     "choice",
     "position",
@@ -414,6 +420,7 @@ def _check_plan(plan: SamplePlan, vocab_size: int) -> None:
         "top_k": plan.top_k >= 0,
         "top_p": (plan.top_p > 0) & (plan.top_p <= 1),
         "min_p": (plan.min_p >= 0) & (plan.min_p <= 1),
+        "typical_p": (plan.typical_p > 0) & (plan.typical_p <= 1),
         "choice": plan.choice >= 0,
         "position": plan.position >= 0,
         "repetition_penalty": plan.repetition_penalty > 0,

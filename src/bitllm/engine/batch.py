@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm.backends.base import Batch, OutputKind, SamplePlan
-from bitllm.engine.request import Request
+from bitllm.engine.readout import Rows
 from bitllm.engine.scheduler import Run
 from bitllm.engine.sequence import Sequence
 
@@ -33,23 +33,29 @@ class BatchBuilder:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._requests: list[Request] | None = None  # of a plan that can be used again
+        self._planned: list[Sequence] | None = None  # of a plan that can be used again
         self._plan = SamplePlan.greedy()
-        self._of_one = _shape([], [], [])
+        self._of_one = _shape([], [])
 
     def build(self, runs: Ordered[Run]) -> Batch:
-        """Return one step's batch: a SAMPLE for each run that `samples`, a HIDDEN if it `embeds`.
+        """Return one step's batch.
+
+        Each run asks for its `read_rows`, then for one SAMPLE for each of its `drawers`.
 
         Args:
             runs: at least one, with blocks for all of their tokens.
         """
-        sampling = [run.sequence for run in runs if run.samples]
-        if len(sampling) == len(runs) and all(run.length == 1 for run in runs):
+        drawers = [run.drawers for run in runs]
+        sampling = list(itertools.chain.from_iterable(drawers))
+        reading = [(run.sequence.rows, rows) for run in runs if (rows := run.read_rows)]
+        if not reading and all(
+            run.length == len(draw) == 1 for run, draw in zip(runs, drawers, strict=True)
+        ):
             shape = self._shape_of_one(len(runs))
             tokens = [run.sequence.token_ids[run.sequence.computed] for run in runs]
             positions = [run.sequence.computed for run in runs]
         else:
-            shape = _shape_of(runs)
+            shape = _shape_of(runs, drawers)
             tokens, positions = [], []
             for run in runs:
                 start, end = run.sequence.computed, run.sequence.computed + run.length
@@ -64,19 +70,19 @@ class BatchBuilder:
             output_rows=shape.output_rows,
             output_kinds=shape.output_kinds,
             plan=self._plan_for(sampling),
+            **_scores(reading),
         )
 
     def _shape_of_one(self, count: int) -> _Shape:
         if len(self._of_one.adapter_slots) != count:
-            self._of_one = _shape([1] * count, range(count), [OutputKind.SAMPLE] * count)
+            self._of_one = _shape([1] * count, range(count))
         return self._of_one
 
     def _plan_for(self, sequences: list[Sequence]) -> SamplePlan:
-        requests = [sequence.request for sequence in sequences]
-        kept = self._requests
-        if kept is None or len(kept) != len(requests) or any(map(is_not, kept, requests)):
+        kept = self._planned
+        if kept is None or len(kept) != len(sequences) or any(map(is_not, kept, sequences)):
             self._plan = build_plan(sequences, self._vocab_size)
-            self._requests = requests if all(map(_lasts, sequences)) else None
+            self._planned = sequences if all(map(_lasts, sequences)) else None
             return self._plan
         positions = np.array([sequence.generated for sequence in sequences], np.int32)
         self._plan = replace(self._plan, position=positions)
@@ -97,23 +103,47 @@ def _lasts(sequence: Sequence) -> bool:
     """Whether the plan for this sequence says the same at each token to come, but for its place."""
     request = sequence.request
     may_end = not request.banned_ids or sequence.generated >= request.min_tokens
-    return may_end and not request.penalised
+    return may_end and not request.penalised and sequence.form is None
 
 
-def _shape(lengths: Ordered[int], rows: Ordered[int], kinds: Ordered[int]) -> _Shape:
+def _shape(lengths: Ordered[int], rows: Ordered[int], kinds: Ordered[int] | None = None) -> _Shape:
+    every_one = np.full(len(rows), OutputKind.SAMPLE, np.uint8)
     return _Shape(
         run_offsets=np.cumsum([0, *lengths], dtype=np.int32),
         adapter_slots=np.full(len(lengths), -1, np.int32),
         output_rows=np.array(rows, np.int32),
-        output_kinds=np.array(kinds, np.uint8),
+        output_kinds=every_one if kinds is None else np.array(kinds, np.uint8),
     )
 
 
-def _shape_of(runs: Ordered[Run]) -> _Shape:
-    ends = list(itertools.accumulate(run.length for run in runs))
-    rows = [end - 1 for run, end in zip(runs, ends, strict=True) if run.ends]
-    kinds = [OutputKind.HIDDEN if run.embeds else OutputKind.SAMPLE for run in runs if run.ends]
+def _shape_of(runs: Ordered[Run], drawers: Ordered[Ordered[Sequence]]) -> _Shape:
+    rows: list[int] = []
+    kinds: list[int] = []
+    end = 0
+    for run, draw in zip(runs, drawers, strict=True):
+        start, end = end, end + run.length
+        if run.sequence.rows is not None:
+            offset = start - run.sequence.computed
+            rows += [position + offset for position in run.read_rows]
+            kinds += [run.sequence.rows.readout.kind] * len(run.read_rows)
+        rows += [end - 1] * len(draw)
+        kinds += [OutputKind.SAMPLE] * len(draw)
     return _shape([run.length for run in runs], rows, kinds)
+
+
+def _scores(reading: Ordered[tuple[Rows | None, range]]) -> dict[str, I32]:
+    """Return the fields of a batch that say what its SCORE rows score."""
+    targets: list[int] = []
+    top_n: list[int] = []
+    for rows, positions in reading:
+        if rows is not None and rows.readout.kind == OutputKind.SCORE:
+            first = positions.start - rows.readout.start
+            targets += rows.readout.targets[first : first + len(positions)]
+            top_n += [rows.readout.top_n] * len(positions)
+    return {
+        "score_targets": np.array(targets, np.int32),
+        "score_top_n": np.array(top_n, np.int32),
+    }
 
 
 def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
@@ -129,8 +159,9 @@ def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
         top_k=np.array([each.top_k for each in requests], np.int32),
         top_p=np.array([each.top_p for each in requests], np.float32),
         min_p=np.array([each.min_p for each in requests], np.float32),
+        typical_p=np.array([each.typical_p for each in requests], np.float32),
         seed=np.array([each.seed for each in requests], np.uint64),
-        choice=np.zeros(len(requests), np.int32),
+        choice=np.array([sequence.choice for sequence in sequences], np.int32),
         position=np.array([sequence.generated for sequence in sequences], np.int32),
         top_logprobs=np.array([each.top_logprobs for each in requests], np.int32),
         repetition_penalty=np.array([each.repetition_penalty for each in requests], np.float32),
@@ -166,15 +197,22 @@ def _ragged_ids(rows: Ordered[Mapping[int, float]]) -> tuple[I32, I32]:
 
 
 def _masks(sequences: Ordered[Sequence], vocab_size: int) -> tuple[npt.NDArray[np.uint32], I32]:
-    """Return a mask row for each sequence that may not end yet: all ids but its stop ids."""
+    """Return a mask row for each sequence of a grammar, or that may not end yet."""
     rows = np.full(len(sequences), -1, np.int32)
     masks: list[npt.NDArray[np.uint32]] = []
     for index, sequence in enumerate(sequences):
-        request = sequence.request
-        if request.banned_ids and sequence.generated < request.min_tokens:
-            rows[index] = len(masks)
+        request, form = sequence.request, sequence.form
+        early = sequence.generated < request.min_tokens
+        if form is not None:
+            mask = form.mask.copy()
+        elif early and request.banned_ids:
             mask = np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
-            for token in request.banned_ids:
-                mask[token // 32] &= np.uint32(~(1 << (token % 32)) & 0xFFFFFFFF)
-            masks.append(mask)
+        else:
+            continue
+        for token in request.banned_ids if early else ():
+            mask[token // 32] &= np.uint32(~(1 << (token % 32)) & 0xFFFFFFFF)
+        for token in request.stop_ids if form is not None and form.may_end and not early else ():
+            mask[token // 32] |= np.uint32(1 << (token % 32))
+        rows[index] = len(masks)
+        masks.append(mask)
     return np.array(masks, np.uint32).reshape(len(masks), -(-vocab_size // 32)), rows

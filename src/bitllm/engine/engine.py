@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -11,13 +12,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitllm.backends.base import KV_BLOCK_SIZE, Decoder, StepOutput
+from bitllm.backends.base import KV_BLOCK_SIZE, Decoder, OutputKind, StepOutput
 from bitllm.engine.batch import BatchBuilder
 from bitllm.engine.blocks import BlockPool
 from bitllm.engine.outputs import Chunk, TokenLogprob
+from bitllm.engine.readout import Rows
 from bitllm.engine.request import Request
 from bitllm.engine.scheduler import Run, Scheduler
 from bitllm.engine.sequence import Sequence
+from bitllm.engine.stats import EngineStats, StepCounts, take_stats
 from bitllm.engine.text import Detokenizer
 from bitllm.errors import ConfigError, ContextOverflowError
 
@@ -35,6 +38,8 @@ class Engine:
         decoder: a loaded model; the engine closes it.
         make_detokenizer: returns a fresh detokenizer for a new sequence.
         max_batch_tokens: most token rows of a step, as the decoder was loaded.
+        prefix_cache: keep full KV blocks for prompts that begin alike; see `EngineOptions`.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -43,11 +48,17 @@ class Engine:
         make_detokenizer: Callable[[], Detokenizer],
         *,
         max_batch_tokens: int,
+        prefix_cache: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._decoder = decoder
         self._make_detokenizer = make_detokenizer
+        self._clock = clock
         self._pool = BlockPool(decoder.kv_capacity)
-        self._scheduler = Scheduler(self._pool, max_batch_tokens)
+        self._scheduler = Scheduler(self._pool, max_batch_tokens, prefix_cache=prefix_cache)
+        self._deadlines: dict[Sequence, float] = {}
+        self._next_deadline = math.inf  # none is earlier
+        self._counts = StepCounts()
         self._batches = BatchBuilder(decoder.spec.vocab_size)
         # Reentrant, because the garbage collector may close a stream, and so abort its sequence, in
         # the middle of a step of the same thread. Such aborts wait in `_aborted`.
@@ -68,25 +79,39 @@ class Engine:
         return self._closed
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request; whoever adds it must `abort` it in the end, finished or not.
+        """Queue a request of one choice; whoever adds it must `abort` it in the end.
 
         Raises:
             ConfigError: the engine is closed.
             ContextOverflowError: the request needs more KV blocks than there are.
         """
+        (sequence,) = self.add_choices(request)
+        return sequence
+
+    def add_choices(self, request: Request) -> list[Sequence]:
+        """Queue a request and return its choices, each to be aborted in the end, finished or not.
+
+        Raises:
+            ConfigError, ContextOverflowError: as in `add`.
+        """
         # The last token is drawn, but never computed.
-        longest = len(request.prompt_ids) + request.max_tokens - 1
+        longest = len(request.prompt_ids) + max(0, request.max_tokens - 1)
         if Sequence.blocks_for(longest) > self._pool.capacity:
             raise ContextOverflowError(
                 f"prompt and max_tokens need {longest} positions of KV cache, "
                 f"but it holds {self._pool.capacity * KV_BLOCK_SIZE}",
                 hint="lower max_tokens, or load the model with more kv_tokens",
             )
-        sequence = Sequence(request, self._make_detokenizer())
+        rows = None if request.readout is None else Rows(request.readout, self._decoder.spec)
+        choices = [
+            Sequence(request, self._make_detokenizer(), index, rows)
+            for index in range(request.choices)
+        ]
         with self._lock:
             self._check_open()
-            self._scheduler.add(sequence)
-        return sequence
+            self._scheduler.add(*choices)
+            self._set_deadlines(choices)
+        return choices
 
     def finish(self, sequence: Sequence) -> None:
         """Make steps until the sequence has ended.
@@ -103,8 +128,8 @@ class Engine:
         if sequence.failure is not None:
             raise sequence.failure
 
-    def next_chunk(self, sequence: Sequence) -> Chunk | None:
-        """Make steps until the sequence has a chunk, and return it; None after the last.
+    def next_chunk(self, *sequences: Sequence) -> Chunk | None:
+        """Make steps until one of the sequences has a chunk, and return it; None after the last.
 
         Raises:
             ConfigError, CheckpointError: as in `finish`.
@@ -112,12 +137,38 @@ class Engine:
         while True:
             with self._lock:
                 self._check_open()
-                if sequence.failure is not None:
-                    raise sequence.failure
-                chunk = sequence.take_chunk()
-                if chunk is not None or sequence.finished:
-                    return chunk
+                for sequence in sequences:
+                    if sequence.failure is not None:
+                        raise sequence.failure
+                    if (chunk := sequence.take_chunk()) is not None:
+                        return chunk
+                if all(sequence.finished for sequence in sequences):
+                    return None
                 self._step()
+
+    def advance(self) -> bool:
+        """Make a step for whoever has sequences here; return whether there was anything to do.
+
+        Raises:
+            ConfigError: the engine is closed.
+        """
+        with self._lock:
+            self._check_open()
+            if len(self._scheduler) == 0:
+                return False
+            self._step()
+            return True
+
+    def pause(self, sequence: Sequence) -> None:
+        """Let a sequence make no steps and hold no blocks until `resume`."""
+        with self._lock:
+            self._scheduler.remove(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Queue a paused sequence again; its tokens are computed again and it goes on."""
+        with self._lock:
+            if not sequence.finished:
+                self._scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence and free its blocks at once."""
@@ -125,6 +176,10 @@ class Engine:
         with self._lock:
             if not self._stepping:
                 self._remove_aborted()
+
+    def stats(self) -> EngineStats:
+        """Return the figures of this moment, without waiting for a step that is under way."""
+        return take_stats(self._pool, self._scheduler, self._counts)
 
     def hold(self) -> None:
         """Wait for the step under way and let no other begin until `let_go`; before a fork."""
@@ -150,21 +205,42 @@ class Engine:
 
     def _remove_aborted(self) -> None:
         while self._aborted:
-            self._scheduler.remove(self._aborted.popleft())
+            sequence = self._aborted.popleft()
+            self._scheduler.remove(sequence)
+            self._deadlines.pop(sequence, None)
+
+    def _set_deadlines(self, choices: list[Sequence]) -> None:
+        timeout = choices[0].request.timeout
+        if timeout is not None:
+            deadline = self._clock() + timeout
+            self._deadlines.update(dict.fromkeys(choices, deadline))
+            self._next_deadline = min(deadline, self._next_deadline)
+
+    def _end_overdue(self) -> bool:
+        """End the sequences whose time is up; return whether there were any."""
+        if not self._deadlines or (now := self._clock()) < self._next_deadline:
+            return False
+        over = [each for each, deadline in self._deadlines.items() if deadline <= now]
+        overdue = [each for each in over if not each.finished]
+        for sequence in overdue:
+            sequence.expire()
+            self._scheduler.remove(sequence)
+        for sequence in over:
+            del self._deadlines[sequence]
+        self._next_deadline = min(self._deadlines.values(), default=math.inf)
+        return bool(overdue)
 
     def _step(self) -> None:
         self._stepping = True
         complete = False
         try:
             self._remove_aborted()
+            overdue = self._end_overdue()
             runs = self._scheduler.schedule()
-            if not runs:
+            if runs:
+                self._compute(runs)
+            elif not overdue:
                 raise RuntimeError("a sequence was waited for that is not in the engine")
-            now = time.perf_counter()
-            for run in runs:
-                run.sequence.started(now)
-            batch = self._batches.build(runs)
-            self._apply(runs, self._decoder.forward(batch))
             complete = True
         finally:
             if not complete:
@@ -172,17 +248,33 @@ class Engine:
             self._stepping = False
             self._remove_aborted()
 
-    def _apply(self, runs: list[Run], output: StepOutput) -> None:
-        now = time.perf_counter()
-        sampling = [run.sequence for run in runs if run.samples]
-        embedded = [run.sequence for run in runs if run.embeds]
+    def _compute(self, runs: list[Run]) -> None:
+        now = self._clock()
         for run in runs:
-            run.sequence.computed += run.length
-        for sequence, hidden in zip(embedded, output.hidden, strict=True):
-            sequence.hidden = hidden.copy()
-            self._scheduler.remove(sequence)
+            run.sequence.started(now)
+        copies = [run.copy for run in runs if run.copy is not None]
+        if copies:
+            self._decoder.copy_blocks(np.array(copies, np.int32))
+        batch = self._batches.build(runs)
+        self._apply(runs, self._decoder.forward(batch))
+
+    def _apply(self, runs: list[Run], output: StepOutput) -> None:
+        now = self._clock()
+        self._counts.count(runs)
+        sampling = [sequence for run in runs for sequence in run.drawers]
+        self._read_rows(runs, output, len(sampling), now)
+        for run in runs:
+            self._scheduler.advance(run)
+        for sequence in [run.sequence for run in runs if run.sequence.finished]:
+            for each in [*sequence.followers, sequence]:
+                self._scheduler.remove(each)
+        for sequence in sampling:
+            if sequence.followers and sequence.failure is None:
+                self._scheduler.fork(sequence)
         tokens = output.sampled.tolist()
         for index, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
+            if sequence.failure is not None:  # the scores of its prompt were no numbers
+                continue
             if token < 0:
                 sequence.fail()
                 self._scheduler.remove(sequence)
@@ -193,6 +285,32 @@ class Engine:
             sequence.append(token, logprob, now)
             if sequence.finished:
                 self._scheduler.remove(sequence)
+
+    def _read_rows(self, runs: list[Run], output: StepOutput, scored: int, now: float) -> None:
+        """Hand out what the rows of prompts have brought; `scored` SAMPLE rows are before them."""
+        taken = {OutputKind.HIDDEN: 0, OutputKind.LOGITS: 0, OutputKind.SCORE: scored}
+        for run in runs:
+            sequence, rows, count = run.sequence, run.sequence.rows, len(run.read_rows)
+            if rows is None:
+                continue
+            if count > 0:
+                kind = rows.readout.kind
+                part = slice(taken[kind], taken[kind] + count)
+                taken[kind] = part.stop
+                self._take_rows(sequence, rows, output, part)
+            if run.length == sequence.pending:
+                for each in [sequence, *sequence.followers]:
+                    each.read(now)
+
+    def _take_rows(self, sequence: Sequence, rows: Rows, output: StepOutput, part: slice) -> None:
+        if rows.readout.kind != OutputKind.SCORE:
+            of_kind = output.hidden if rows.readout.kind == OutputKind.HIDDEN else output.logits
+            rows.take(of_kind[part])
+            return
+        rows.take(output.logprobs[part], output.top_ids[part], output.top_logprobs[part])
+        if np.isnan(output.logprobs[part]).any():
+            for each in [sequence, *sequence.followers]:
+                each.fail()
 
 
 def _logprob(output: StepOutput, index: int, token: int, top: int) -> TokenLogprob:

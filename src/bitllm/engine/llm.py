@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import itertools
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Ordered
+from dataclasses import replace
+from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
-
-import numpy as np
-import numpy.typing as npt
 
 from bitllm.backends.base import Decoder, DecoderInfo
 from bitllm.checkpoint import ModelSpec
 from bitllm.config import SamplingParams
 from bitllm.engine.engine import Engine
+from bitllm.engine.grammar import GrammarCompiler
 from bitllm.engine.memory_plan import MemoryPlan
-from bitllm.engine.outputs import Chunk, Completion
-from bitllm.engine.request import (
-    ModelDefaults,
-    Request,
-    describe_defaults,
-    embedding_request,
-    resolve_request,
-)
+from bitllm.engine.outputs import Chunk, Completion, join_choices
+from bitllm.engine.prompt import Message, Prompt, is_one, token_ids_of
+from bitllm.engine.request import ModelDefaults, Request, describe_defaults, resolve_request
 from bitllm.engine.sequence import Sequence
-from bitllm.errors import CheckpointError, ConfigError
+from bitllm.engine.stats import EngineStats
+from bitllm.engine.token_access import TokenAccess
+from bitllm.engine.tools import ToolChoice, constrain_call, read_tools, tool_prompt
+from bitllm.errors import ConfigError
 from bitllm.tokenizer import StreamDetokenizer, Tokenizer
 
-__all__ = ["LLM", "Message", "Prompt", "SamplingOptions"]
+__all__ = [
+    "LLM",
+    "Message",
+    "Prompt",
+    "SamplingOptions",
+    "check_streams",
+    "completion_of",
+    "sampling_of",
+]
 
-Prompt = str | Ordered[int]
-"""A text, or token ids that are used as they are."""
-
-Message = Mapping[str, Any]
-"""One turn of a chat: {"role": "user", "content": "..."}."""
+_AT_ONCE = 64  # sequences of a long job that are in the engine together
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -44,6 +48,7 @@ class SamplingOptions(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
     seed: int | None
     stop: str | Ordered[str]
     stop_token_ids: Ordered[int]
@@ -54,9 +59,18 @@ class SamplingOptions(TypedDict, total=False):
     presence_penalty: float
     logit_bias: Mapping[int, float]
     logprobs: int | None
+    prompt_logprobs: int | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    grammar: str | None
+    choice: Ordered[str] | None
+    n: int
+    best_of: int | None
+    priority: int
+    timeout: float | None
 
 
-class LLM:
+class LLM(TokenAccess):
     """A model ready to write; made by `bitllm.load`.
 
         llm = bitllm.load("microsoft/bitnet-b1.58-2B-4T")
@@ -76,6 +90,7 @@ class LLM:
         max_batch_tokens: most token rows of a step, as the decoder was loaded.
         defaults: what the model says about its own generation.
         plan: the memory budget it was loaded under, if one was made.
+        prefix_cache: as in `EngineOptions`.
 
     Attributes:
         name: as given.
@@ -97,6 +112,7 @@ class LLM:
         max_batch_tokens: int,
         defaults: ModelDefaults | None = None,
         plan: MemoryPlan | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
@@ -105,8 +121,12 @@ class LLM:
         self.plan = plan
         self.spec: ModelSpec = decoder.spec
         self.info: DecoderInfo = decoder.info
+        self._grammars = GrammarCompiler(tokenizer, self.spec.vocab_size)
         self._engine = Engine(
-            decoder, lambda: StreamDetokenizer(tokenizer), max_batch_tokens=max_batch_tokens
+            decoder,
+            lambda: StreamDetokenizer(tokenizer),
+            max_batch_tokens=max_batch_tokens,
+            prefix_cache=prefix_cache,
         )
 
     @overload
@@ -142,17 +162,18 @@ class LLM:
             **options: fields of `SamplingParams`.
 
         Returns:
-            A `Completion`; for a list of prompts, a list of them in the same order.
+            A `Completion`; for a list of prompts, a list of them in the same order. With `n` above
+            1, each is the first of its `choices`.
 
         Raises:
             ConfigError: an option that does not exist or is out of range, an empty prompt.
             ContextOverflowError: prompt and `max_tokens` do not fit; raised before any work.
         """
-        sampling = _sampling(params, options)
-        if _is_one(prompt):
-            return self._complete([self._request(cast(Prompt, prompt), sampling)])[0]
+        sampling = sampling_of(params, options)
+        if is_one(prompt):
+            return self._complete([self.prepare(prompt, sampling)], sampling)[0]
         prompts = cast("list[Prompt]", prompt)
-        return self._complete([self._request(each, sampling) for each in prompts])
+        return self._complete([self.prepare(each, sampling) for each in prompts], sampling)
 
     def stream(
         self,
@@ -163,11 +184,17 @@ class LLM:
     ) -> Iterator[Chunk]:
         """Continue a prompt, yielding text as it comes; arguments and errors as in `generate`.
 
-        Leaving the loop early frees what the sequence held.
+        With `n` above 1, the chunks of all choices come as they are made; each says by its `index`
+        where it belongs. Leaving the loop early frees what the sequences held.
+
+        Raises:
+            ConfigError: also where `best_of` is more than `n`: the best are known only at the end.
         """
-        if not _is_one(prompt):
+        if not is_one(prompt):
             raise ConfigError("stream takes one prompt", hint="use generate for a list of prompts")
-        return self._chunks(self._request(prompt, _sampling(params, options)))
+        sampling = sampling_of(params, options)
+        check_streams(sampling)
+        return self._chunks(self.prepare(prompt, sampling))
 
     @overload
     def chat(
@@ -175,6 +202,8 @@ class LLM:
         messages: str | Ordered[Message],
         *,
         stream: Literal[False] = False,
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion: ...
@@ -185,6 +214,8 @@ class LLM:
         messages: str | Ordered[Message],
         *,
         stream: Literal[True],
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Chunk]: ...
@@ -194,6 +225,8 @@ class LLM:
         messages: str | Ordered[Message],
         *,
         stream: bool = False,
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion | Iterator[Chunk]:
@@ -202,6 +235,11 @@ class LLM:
         Args:
             messages: the turns so far, each {"role": ..., "content": ...}; a text is one user turn.
             stream: yield `Chunk`s instead of returning a `Completion`.
+            tools: functions the model may call, each {"type": "function", "function": {"name",
+                "description", "parameters"}}; what it calls is in `tool_calls` of the result.
+            tool_choice: "auto"; "none"; "required" = it must call one; or {"type": "function",
+                "function": {"name": ...}} = it must call this one. A call it must make has
+                arguments that fit their JSON schema, unless `max_tokens` cuts it short.
             params: how to answer; single options override it.
             **options: fields of `SamplingParams`.
 
@@ -209,58 +247,53 @@ class LLM:
             ChatTemplateError: the model has no chat template, or it refuses these messages.
             ConfigError, ContextOverflowError: as in `generate`.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        ids = self.tokenizer.encode_chat(messages)
-        request = self._request(ids, _sampling(params, options), fill_context=True)
-        return self._chunks(request) if stream else self._complete([request])[0]
+        sampling = sampling_of(params, options)
+        request = self.prepare_chat(messages, sampling, tools, tool_choice)
+        if not stream:
+            return self._complete([request], sampling)[0]
+        check_streams(sampling)
+        return self._chunks(request)
 
-    def embed(self, texts: Prompt | list[str] | list[list[int]]) -> npt.NDArray[np.float32]:
-        """Return the embedding of a text, or of several, for models that are made to give one.
-
-        It is the hidden state of the last token, divided by its length, so that the product of two
-        embeddings is the cosine of their angle. Texts that the model expects behind an instruction
-        have to be given with it.
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, fill_context: bool = False
+    ) -> Request:
+        """Return the request that a prompt and parameters mean for this model.
 
         Args:
-            texts: a text or its token ids; or a list of those.
-
-        Returns:
-            float32 [hidden], each of length 1; for a list of n texts, [n, hidden].
+            prompt: a text or its token ids.
+            params: how to continue.
+            fill_context: let `max_tokens`, where nobody gave it, be the rest of the context.
 
         Raises:
-            ConfigError: the model is none that embeds; no tokens, or ids outside the vocabulary.
-            ContextOverflowError: a text is longer than the context.
-            CheckpointError: the model computes no numbers.
+            ConfigError, ContextOverflowError: as in `generate`.
         """
-        if self.spec.pooling != "last":
-            raise ConfigError(
-                f"{self.name} writes text and gives no embeddings",
-                hint="load an embedding model; its files say how hidden states become one",
-            )
-        one = _is_one(texts)
-        rows = self._embeddings([cast(Prompt, texts)] if one else cast("list[Prompt]", texts))
-        return rows.reshape(-1) if one else rows
+        return resolve_request(
+            token_ids_of(prompt, self.tokenizer),
+            params,
+            self.defaults,
+            vocab_size=self.spec.vocab_size,
+            context=self.context,
+            fill_context=fill_context,
+            grammar=self._grammars.compile(params),
+        )
 
-    def _embeddings(self, texts: list[Prompt]) -> npt.NDArray[np.float32]:
-        requests = [
-            embedding_request(
-                self.encode(text) if isinstance(text, str) else _token_ids(text),
-                vocab_size=self.spec.vocab_size,
-                context=self.context,
-            )
-            for text in texts
-        ]
-        sequences = self._finished(requests)
-        hidden = np.array([each.hidden for each in sequences], np.float32)
-        hidden = hidden.reshape(-1, self.spec.hidden_size)
-        lengths = np.sqrt((hidden.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
-        if not (np.isfinite(lengths) & (lengths > 0)).all():
-            raise CheckpointError(
-                f"{self.name} computes no number for the embedding of a text",
-                hint="its weights are damaged or overflow; download it again",
-            )
-        return np.asarray(hidden / lengths, np.float32)
+    def prepare_chat(
+        self,
+        messages: str | Ordered[Message],
+        params: SamplingParams,
+        tools: Ordered[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = "auto",
+    ) -> Request:
+        """Return the request for an answer to a chat; arguments and errors as in `chat`."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        callable_tools, forced = read_tools(tools, tool_choice)
+        if forced:
+            params = constrain_call(params, callable_tools, self.tokenizer)
+        ids = tool_prompt(messages, callable_tools, self.tokenizer)
+        request = self.prepare(ids, params, fill_context=True)
+        names = frozenset(tool.name for tool in callable_tools)
+        return replace(request, tool_names=names) if names else request
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Return the token ids of a text, with the start token where the model has one."""
@@ -271,9 +304,18 @@ class LLM:
         return self.tokenizer.decode([int(token) for token in token_ids], skip_special=skip_special)
 
     @property
+    def engine(self) -> Engine:
+        """What makes the steps; for code that drives it itself, as `AsyncLLM` does."""
+        return self._engine
+
+    @property
     def free_blocks(self) -> int:
         """KV blocks that nobody holds."""
         return self._engine.free_blocks
+
+    def stats(self) -> EngineStats:
+        """Return what the engine holds now and has done since the model was loaded."""
+        return self._engine.stats()
 
     def close(self) -> None:
         """Free the model; it cannot be used afterwards. Closing twice is harmless."""
@@ -299,70 +341,73 @@ class LLM:
             f"stop_ids={sorted(self.defaults.stop_ids)}{state}>"
         )
 
-    def _request(
-        self, prompt: Prompt, params: SamplingParams, *, fill_context: bool = False
-    ) -> Request:
-        return resolve_request(
-            self.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt),
-            params,
-            self.defaults,
-            vocab_size=self.spec.vocab_size,
-            context=self.context,
-            fill_context=fill_context,
-        )
+    def _run(
+        self, requests: Iterable[Request], *, at_once: int = _AT_ONCE
+    ) -> Generator[Sequence, None, None]:
+        """Yield the finished sequences of these requests in their order, `at_once` on their way."""
+        under_way: deque[Sequence] = deque()
+        coming = iter(requests)
+        try:
+            while True:
+                for request in itertools.islice(coming, at_once - len(under_way)):
+                    under_way.append(self._engine.add(request))
+                if not under_way:
+                    return
+                self._engine.finish(under_way[0])
+                yield under_way[0]
+                self._engine.abort(under_way.popleft())
+        finally:
+            for sequence in under_way:
+                self._engine.abort(sequence)
 
-    def _complete(self, requests: list[Request]) -> list[Completion]:
-        return [sequence.completion() for sequence in self._finished(requests)]
-
-    def _finished(self, requests: list[Request]) -> list[Sequence]:
-        sequences: list[Sequence] = []
+    def _complete(self, requests: list[Request], sampling: SamplingParams) -> list[Completion]:
+        groups: list[list[Sequence]] = []
         try:
             for request in requests:
-                sequences.append(self._engine.add(request))
-            for sequence in sequences:
+                groups.append(self._engine.add_choices(request))
+            for sequence in chain.from_iterable(groups):
                 self._engine.finish(sequence)
         finally:
-            for sequence in sequences:
+            for sequence in chain.from_iterable(groups):
                 self._engine.abort(sequence)
-        return sequences
+        return [completion_of(choices, sampling) for choices in groups]
 
     def _chunks(self, request: Request) -> Generator[Chunk, None, None]:
-        sequence = self._engine.add(request)
+        choices = self._engine.add_choices(request)
         try:
-            while (chunk := self._engine.next_chunk(sequence)) is not None:
+            while (chunk := self._engine.next_chunk(*choices)) is not None:
                 yield chunk
         finally:
-            self._engine.abort(sequence)
+            for sequence in choices:
+                self._engine.abort(sequence)
 
 
-def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+def completion_of(choices: list[Sequence], sampling: SamplingParams) -> Completion:
+    """Return the result of the finished choices of a request."""
+    completions = [each.completion() for each in choices]
+    return join_choices(completions, sampling.n, logprobs=sampling.logprobs is not None)
+
+
+def check_streams(sampling: SamplingParams) -> None:
+    """Refuse to stream what is known only at the end.
+
+    Raises:
+        ConfigError: more choices are to be computed than returned.
+    """
+    if sampling.choices > sampling.n:
+        raise ConfigError(
+            f"best_of={sampling.choices} with n={sampling.n} cannot be streamed: "
+            "which are the best is known only at the end",
+            hint="leave best_of out, or use generate",
+        )
+
+
+def sampling_of(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    """Return `params` (None = all defaults) with single options set.
+
+    Raises:
+        ConfigError: an option that does not exist or is out of range.
+    """
     if params is not None and not isinstance(params, SamplingParams):
         raise ConfigError(f"params must be SamplingParams, got {params!r}")
     return SamplingParams.from_options(options, params)
-
-
-def _is_one(prompt: object) -> bool:
-    """Whether this is a single prompt: a text, or ids, which are whole numbers."""
-    if isinstance(prompt, str):
-        return True
-    if isinstance(prompt, np.ndarray):
-        return prompt.ndim < 2
-    if not isinstance(prompt, Ordered):
-        raise ConfigError(
-            f"a prompt is a text or a list of token ids, got {type(prompt).__name__}",
-            hint="or a list of those",
-        )
-    return len(prompt) > 0 and not isinstance(prompt[0], str | Ordered | np.ndarray)
-
-
-def _token_ids(prompt: Ordered[int]) -> list[int]:
-    try:
-        ids = np.asarray(prompt)
-    except (ValueError, TypeError, OverflowError):  # lists of different depths
-        ids = np.empty((0, 0))
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ConfigError(
-            f"token ids must be whole numbers in one list, got {prompt!r:.80}",
-            hint="text prompts and token ids cannot be mixed in one list",
-        )
-    return [int(token) for token in ids]

@@ -58,6 +58,7 @@ class EngineKeywords(TypedDict, total=False):
     context: int | None
     kv_tokens: int | None
     max_batch_tokens: int
+    prefix_cache: bool
     memory_limit: int | None
 
 
@@ -117,6 +118,7 @@ def load(
         max_batch_tokens=settings.max_batch_tokens,
         defaults=defaults,
         plan=plan,
+        prefix_cache=settings.prefix_cache,
     )
 
 

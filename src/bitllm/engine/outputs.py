@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-__all__ = ["Chunk", "Completion", "FinishReason", "TokenLogprob", "Usage"]
+__all__ = [
+    "Chunk",
+    "Completion",
+    "FinishReason",
+    "Score",
+    "TokenLogprob",
+    "ToolCall",
+    "Usage",
+    "join_choices",
+]
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "timeout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +37,35 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a continuation is after its prompt.
+
+    Attributes:
+        logprob: natural log-probability of all of its tokens together.
+        greedy: whether each of its tokens is the likeliest at its place.
+        tokens: one entry for each of its tokens.
+    """
+
+    logprob: float
+    greedy: bool
+    tokens: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the model wants to have called.
+
+    Attributes:
+        name: one of the names that were given.
+        arguments: as the model wrote them; checked against the schema only where the call was
+            forced.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens and time of one generation.
 
@@ -36,12 +76,14 @@ class Usage:
         completion_tokens: tokens generated, a stop id included.
         prefill_seconds: from the first step of this sequence to its first token.
         decode_seconds: from its first token to its last.
+        cached_tokens: of the prompt, those whose keys and values were in the cache already.
     """
 
     prompt_tokens: int
     completion_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    cached_tokens: int = 0
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -62,10 +104,17 @@ class Completion:
     Attributes:
         text: the text, without stop string or stop id.
         token_ids: every id generated, the stop id and the ids of a stop string included.
-        finish_reason: "stop" at a stop id or stop string, "length" at max_tokens.
-        usage: tokens and time.
+        finish_reason: "stop" at a stop id or stop string, "length" at max_tokens, "timeout" when
+            its time was up.
+        usage: tokens and time of this text.
         seed: seed of the draws, also where none was given; None at temperature 0.
         logprobs: one entry for each of `token_ids`, or None if not asked for.
+        prompt_logprobs: one entry for each token of the prompt but the first, which nothing comes
+            before; None if not asked for.
+        tool_calls: the calls in the text, where `chat` was given tools.
+        index: which completion of its prompt this is: a seed has the same text for an index
+            however many are asked for.
+        alternatives: the other completions of the prompt, where `n` is more than 1.
     """
 
     text: str
@@ -74,6 +123,22 @@ class Completion:
     usage: Usage
     seed: int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    index: int = 0
+    alternatives: tuple[Completion, ...] = ()
+
+    @property
+    def choices(self) -> tuple[Completion, ...]:
+        """All completions of the prompt, this one first: by index, or the best first."""
+        return (self, *self.alternatives)
+
+    @property
+    def mean_logprob(self) -> float:
+        """The mean log-probability of a token, by `logprobs`; -inf where there are none."""
+        if not self.logprobs:
+            return -math.inf
+        return math.fsum(each.logprob for each in self.logprobs) / len(self.logprobs)
 
     def __str__(self) -> str:
         return self.text
@@ -83,8 +148,8 @@ class Completion:
 class Chunk:
     """The next piece of a streamed completion; `str()` of it is its text.
 
-    The pieces joined give the `Completion`. Text comes in whole characters, and what could still
-    become a stop string is held back until it cannot.
+    The pieces of one index joined give its `Completion`. Text comes in whole characters, and what
+    could still become a stop string is held back until it cannot.
 
     Attributes:
         text: new text; empty only in the last chunk.
@@ -93,6 +158,9 @@ class Chunk:
         usage: tokens and time, in the last chunk.
         seed: as in `Completion`, in the last chunk.
         logprobs: one entry for each of `token_ids`, or None if not asked for.
+        prompt_logprobs: as in `Completion`, in the last chunk.
+        tool_calls: as in `Completion`, in the last chunk.
+        index: which completion of the prompt this is a piece of.
     """
 
     text: str
@@ -101,6 +169,26 @@ class Chunk:
     usage: Usage | None = None
     seed: int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    index: int = 0
 
     def __str__(self) -> str:
         return self.text
+
+
+def join_choices(completions: Sequence[Completion], n: int, *, logprobs: bool) -> Completion:
+    """Return the first of the `n` best completions of a prompt, the others its alternatives.
+
+    Args:
+        completions: all of them, by index; more than `n` only if each has its log-probabilities.
+        n: how many are wanted. Where there are more, those of the highest `mean_logprob` are
+            taken, the lowest index winning a tie.
+        logprobs: whether the result shows log-probabilities.
+    """
+    best = list(completions)
+    if len(best) > n:
+        best = sorted(best, key=lambda each: -each.mean_logprob)[:n]
+    if not logprobs:
+        best = [replace(each, logprobs=None) for each in best]
+    return replace(best[0], alternatives=tuple(best[1:])) if len(best) > 1 else best[0]

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from bitllm.backends.base import OutputKind
 from bitllm.config import SamplingParams
+from bitllm.engine.grammar import Grammar
+from bitllm.engine.readout import Readout
 from bitllm.errors import ConfigError, ContextOverflowError
 
 __all__ = [
@@ -16,7 +19,7 @@ __all__ = [
     "ModelDefaults",
     "Request",
     "describe_defaults",
-    "embedding_request",
+    "readout_request",
     "resolve_request",
 ]
 
@@ -38,6 +41,7 @@ class ModelDefaults:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     max_tokens: int | None = None
     stop_ids: frozenset[int] = frozenset()
@@ -51,8 +55,16 @@ class Request:
         prompt_ids: at least one id.
         stop_ids: ids that end the generation.
         banned_ids: ids that are not drawn before `min_tokens`.
+        max_tokens: 0 = nothing is drawn; then there is a `readout`.
         top_logprobs: -1 = no log-probabilities, else how many of the likeliest ids.
-        embeds: nothing is drawn; the hidden state of the prompt's last token is wanted.
+        readout: what is wanted of the prompt itself.
+        grammar: the form of the text, None = free.
+        tool_names: functions whose calls are looked for in the text.
+        choices: how many completions are computed, each with draws of its own.
+        prefix_key: what keys and values depend on besides the tokens, such as an adapter; blocks
+            of the cache are shared among equal keys only.
+        prefix_cache: whether the beginning of the prompt may come from the cache instead of being
+            computed; False for a request that wants something of its rows.
 
     The rest is as in `SamplingParams`.
     """
@@ -63,6 +75,7 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
@@ -73,7 +86,14 @@ class Request:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int = -1
-    embeds: bool = False
+    readout: Readout | None = None
+    grammar: Grammar | None = None
+    tool_names: frozenset[str] = frozenset()
+    choices: int = 1
+    priority: int = 0
+    timeout: float | None = None
+    prefix_key: bytes = b""
+    prefix_cache: bool = True
 
     @property
     def penalised(self) -> bool:
@@ -93,6 +113,7 @@ def resolve_request(
     vocab_size: int,
     context: int,
     fill_context: bool = False,
+    grammar: Grammar | None = None,
 ) -> Request:
     """Return the request that these parameters mean for this model.
 
@@ -103,6 +124,7 @@ def resolve_request(
         vocab_size: ids are 0 .. vocab_size - 1.
         context: most tokens of prompt and output together.
         fill_context: let `max_tokens`, where nobody gave it, be the rest of the context.
+        grammar: what `params` say about the form of the text, compiled.
 
     Raises:
         ConfigError: an empty prompt, or an id outside the vocabulary.
@@ -115,8 +137,9 @@ def resolve_request(
         raise ConfigError(
             "the prompt has no tokens", hint="give some text; this model adds no start token"
         )
-    if params.logprobs is not None and params.logprobs > vocab_size:
-        raise ConfigError(f"logprobs is {params.logprobs}, but there are only {vocab_size} tokens")
+    for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None and count > vocab_size:
+            raise ConfigError(f"{name} is {count}, but there are only {vocab_size} tokens")
     temperature = _or(params.temperature, defaults.temperature)
     own_stops = () if params.ignore_eos else (i for i in defaults.stop_ids if i < vocab_size)
     stop_ids = frozenset(params.stop_token_ids).union(own_stops)
@@ -127,6 +150,7 @@ def resolve_request(
         top_k=_or(params.top_k, defaults.top_k),
         top_p=_or(params.top_p, defaults.top_p),
         min_p=_or(params.min_p, defaults.min_p),
+        typical_p=_or(params.typical_p, defaults.typical_p),
         seed=_seed(params.seed) if temperature > 0 else 0,
         stop_strings=params.stop_strings,
         stop_ids=stop_ids,
@@ -136,28 +160,40 @@ def resolve_request(
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
         logit_bias=params.logit_bias,
-        top_logprobs=-1 if params.logprobs is None else params.logprobs,
+        readout=_prompt_readout(prompt_ids, params.prompt_logprobs),
+        grammar=grammar,
+        top_logprobs=_top_logprobs(params),
+        choices=params.choices,
+        priority=params.priority,
+        timeout=params.timeout,
     )
 
 
-def embedding_request(prompt_ids: Sequence[int], *, vocab_size: int, context: int) -> Request:
-    """Return the request for the hidden state of a text's last token.
+def readout_request(
+    token_ids: Sequence[int], readout: Readout, vocab_size: int, context: int
+) -> Request:
+    """Return the request that reads rows of a text and writes nothing.
+
+    Args:
+        token_ids: the text.
+        readout: which rows, and what of them.
+        vocab_size: ids are 0 .. vocab_size - 1.
+        context: most tokens of a text.
 
     Raises:
         ConfigError: no tokens, or an id outside the vocabulary.
-        ContextOverflowError: the text is longer than the context.
+        ContextOverflowError: the text does not fit into the context.
     """
-    _check_ids("the text", prompt_ids, vocab_size)
-    if not prompt_ids:
-        raise ConfigError(
-            "the text has no tokens", hint="give some text; this model adds no token of its own"
-        )
-    if len(prompt_ids) > context:
+    if not token_ids:
+        raise ConfigError("the text has no tokens", hint="this model adds no start token")
+    _check_ids("the text", token_ids, vocab_size)
+    _check_ids("the continuation", readout.targets, vocab_size)
+    if len(token_ids) > context:
         raise ContextOverflowError(
-            f"the text has {len(prompt_ids)} tokens, but the context holds {context}",
-            hint="embed a shorter text, or load the model with a larger context",
+            f"the text has {len(token_ids)} tokens, but the context holds {context}",
+            hint="shorten the text, or load the model with a larger context",
         )
-    return Request(prompt_ids=tuple(prompt_ids), max_tokens=1, embeds=True)
+    return Request(prompt_ids=tuple(token_ids), max_tokens=0, readout=readout)
 
 
 def describe_defaults(defaults: ModelDefaults) -> str:
@@ -169,6 +205,19 @@ def describe_defaults(defaults: ModelDefaults) -> str:
         if item.name not in ("temperature", "stop_ids") and value != getattr(neutral, item.name):
             parts.append(f"{item.name}={value:g}")
     return ", ".join(parts)
+
+
+def _prompt_readout(prompt_ids: Sequence[int], top_n: int | None) -> Readout | None:
+    if top_n is None:
+        return None
+    targets = tuple(prompt_ids[1:])
+    return Readout(OutputKind.SCORE, 0, len(targets), targets, top_n)
+
+
+def _top_logprobs(params: SamplingParams) -> int:
+    if params.logprobs is not None:
+        return params.logprobs
+    return 0 if params.choices > params.n else -1  # the best are found by them
 
 
 def _or(value: _Value | None, default: _Value) -> _Value:

@@ -2,113 +2,331 @@
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+from bisect import insort
 from dataclasses import dataclass
+from operator import attrgetter
 
+from bitllm.backends.base import KV_BLOCK_SIZE
 from bitllm.engine.blocks import BlockPool
 from bitllm.engine.sequence import Sequence
 
-__all__ = ["Run", "Scheduler"]
+__all__ = ["PLACES_PER_PRIORITY", "Run", "Scheduler"]
+
+PLACES_PER_PRIORITY = 100
+"""How many places in the queue one step of priority is worth."""
+
+LOOK_AHEAD = 32
+"""How many of those that wait are looked at in a step."""
+
+_by_rank = attrgetter("rank")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The next `length` tokens of a sequence."""
+    """The next `length` tokens of a sequence.
+
+    Attributes:
+        sequence: whose they are.
+        length: how many.
+        copy: (source, destination) of a KV block to copy before the step, for the first of them
+            goes into a block that others read.
+    """
 
     sequence: Sequence
     length: int
-
-    @property
-    def ends(self) -> bool:
-        """Whether this run ends with the last known token, of which something is wanted."""
-        return self.length == self.sequence.pending
+    copy: tuple[int, int] | None = None
 
     @property
     def samples(self) -> bool:
-        """Whether a token is drawn after this run."""
-        return self.ends and not self.sequence.request.embeds
+        """Whether this run ends with the last known token, so that the next is drawn."""
+        return self.sequence.draws and self.length == self.sequence.pending
 
     @property
-    def embeds(self) -> bool:
-        """Whether the hidden state at the end of this run is wanted."""
-        return self.ends and self.sequence.request.embeds
+    def read_rows(self) -> range:
+        """Positions in this run whose rows the request wants to have read."""
+        start, rows = self.sequence.computed, self.sequence.rows
+        return range(0) if rows is None else rows.wanted(start, start + self.length)
+
+    @property
+    def drawers(self) -> list[Sequence]:
+        """The sequences that draw their next token from the last row of this run."""
+        return [self.sequence, *self.sequence.followers] if self.samples else []
 
 
 class Scheduler:
-    """First come, first served, in steps of at most `max_batch_tokens` token rows.
+    """By rank, in steps of at most `max_batch_tokens` token rows.
 
-    A step holds the next token of every sequence that decodes, then the prompts still to be read,
-    the last of them cut to the rows that are left. Blocks are taken when a run needs them; when
-    there are none left, the youngest sequence gives all of its back and is computed again later.
+    The rank of a request is its number in order of arrival plus `PLACES_PER_PRIORITY` for each step
+    of priority. It never changes, so a request is overtaken by finitely many later ones, and each
+    of those ends: none starves.
+
+    A step holds the next token of every sequence that writes, then prompts still to be read. A
+    prompt too long for the step leaves up to half of the rows to shorter ones behind it that fit
+    whole, so that a question does not wait for a book. Blocks are taken when a run needs them. Who
+    finds none takes those of the sequence of the highest rank, which is computed again later; a
+    request that waits does so too, but only to those behind it.
 
     Args:
         pool: the KV blocks.
         max_batch_tokens: most rows of a step.
+        prefix_cache: keep full blocks for sequences that begin with the same tokens.
+
+    Attributes:
+        preemptions: how often a sequence had to give its blocks back.
+        cached_tokens: tokens that were found in the cache instead of being computed.
     """
 
-    def __init__(self, pool: BlockPool, max_batch_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, max_batch_tokens: int, *, prefix_cache: bool = True
+    ) -> None:
         self._pool = pool
         self._max_batch_tokens = max_batch_tokens
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # in order of arrival
+        self._prefix_cache = prefix_cache
+        self._arrivals = 0
+        self._waiting: list[Sequence] = []  # both by rank
+        self._running: list[Sequence] = []
+        self.preemptions = 0
+        self.cached_tokens = 0
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence."""
-        self._waiting.append(sequence)
+    @property
+    def waiting(self) -> list[Sequence]:
+        """The sequences that wait to be let in, by rank."""
+        return list(self._waiting)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that have been let in, by rank."""
+        return list(self._running)
+
+    def add(self, *choices: Sequence) -> None:
+        """Queue a request: the first of its choices reads the prompt, for all of them."""
+        leader, *followers = choices
+        rank = self._arrivals + PLACES_PER_PRIORITY * leader.request.priority
+        for sequence in choices:
+            sequence.rank = (rank, self._arrivals, sequence.choice)
+        self._arrivals += 1
+        _lead(leader, followers)
+        insort(self._waiting, leader, key=_by_rank)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Queue a sequence again that was removed, at the rank it had."""
+        insort(self._waiting, sequence, key=_by_rank)
 
     def remove(self, sequence: Sequence) -> None:
         """Drop a sequence and free its blocks; one that is not here is ignored."""
-        if sequence in self._running:
+        if sequence.leader is not None:
+            _leave(sequence)
+        elif sequence in self._running:
             self._running.remove(sequence)
             self._pool.release(sequence.drop_blocks())
+            self._bequeath(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
+            self._bequeath(sequence)
+
+    def _bequeath(self, sequence: Sequence) -> None:
+        """Let the first of those who relied on this sequence read the prompt in its place."""
+        if sequence.followers:
+            heir, *others = sequence.followers
+            sequence.followers = []
+            _lead(heir, others)
+            insort(self._waiting, heir, key=_by_rank)
 
     def restart(self) -> None:
-        """Take all blocks back, to compute every sequence again: after a step that broke off."""
-        for sequence in reversed(self._running):
+        """Take all blocks back, to compute every sequence again: after a step that broke off.
+
+        The step may have broken off in the midst of a change here, too: a sequence then stands in
+        two places, for it enters one before it leaves the other.
+        """
+        unique = dict.fromkeys([*self._running, *self._waiting])
+        for sequence in unique:
             sequence.drop_blocks()
-            if not sequence.finished:
-                self._waiting.appendleft(sequence)
-        self._running.clear()
+            _leave(sequence)
+        self._waiting = sorted((each for each in unique if not each.finished), key=_by_rank)
+        self._running = []
         self._pool.reset()
 
     def schedule(self) -> list[Run]:
         """Return the runs of the next step, with blocks for all of their tokens; empty if idle."""
-        runs: list[Run] = []
-        budget = self._max_batch_tokens
-        while len(runs) < len(self._running) and budget > 0:
-            sequence = self._running[len(runs)]
-            length = min(sequence.pending, budget)
-            needed = sequence.blocks_for(sequence.computed + length) - len(sequence.block_ids)
-            while needed > self._pool.available and self._running[-1] is not sequence:
-                self._preempt_youngest()
-            if needed > self._pool.available:
-                return runs  # the youngest itself waits, and nobody overtakes it
-            self._take(sequence, needed)
-            runs.append(Run(sequence, length))
-            budget -= length
-        while self._waiting and budget > 0 and self._fits(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            self._running.append(sequence)
-            length = min(sequence.pending, budget)
-            self._take(sequence, sequence.blocks_for(length))
-            runs.append(Run(sequence, length))
-            budget -= length
+        lengths = self._divide_rows()
+        runs = []
+        for sequence in self._running:  # grows shorter from its end when blocks run out
+            length = sequence.next_length(lengths.get(sequence, 0))
+            if not length:
+                continue
+            if self._may_write(sequence, length):
+                runs.append(Run(sequence, length))
+            elif self._make_room(sequence, length):
+                runs.append(Run(sequence, length, self._take_blocks(sequence, length)))
         return runs
 
-    def _fits(self, sequence: Sequence) -> bool:
-        # All of its tokens, not just the first piece: else it would soon be sent back again.
-        return sequence.blocks_for(len(sequence.token_ids)) <= self._pool.available
+    def advance(self, run: Run) -> None:
+        """Note that a run has been computed."""
+        sequence = run.sequence
+        start = sequence.computed
+        sequence.computed = end = start + run.length
+        if end // KV_BLOCK_SIZE > start // KV_BLOCK_SIZE and self._prefix_cache:
+            for index in range(start // KV_BLOCK_SIZE, end // KV_BLOCK_SIZE):
+                self._pool.keep(sequence.block_ids[index], sequence.block_key(index))
 
-    def _take(self, sequence: Sequence, blocks: int) -> None:
-        for _ in range(blocks):
+    def fork(self, leader: Sequence) -> None:
+        """Let those who relied on this sequence go on by themselves, from the prompt it has read.
+
+        Their blocks are the same until they write to them.
+        """
+        for follower in tuple(leader.followers):
+            insort(self._running, follower, key=_by_rank)
+            self._pool.share(leader.block_ids)
+            follower.follow(leader)
+            _leave(follower)
+
+    # --- rows -----------------------------------------------------------------------------------
+
+    def _divide_rows(self) -> dict[Sequence, int]:
+        """Let waiting sequences in, and return how many tokens each of those that run may do."""
+        writing = [each for each in self._running if each.pending == 1]
+        del writing[self._max_batch_tokens :]
+        lengths = dict.fromkeys(writing, 1)
+        left = self._max_batch_tokens - len(writing)
+        if left and (self._waiting or len(writing) < len(self._running)):
+            self._divide_among_prompts(lengths, left)
+        return lengths
+
+    def _divide_among_prompts(self, lengths: dict[Sequence, int], left: int) -> None:
+        too_long: Sequence | None = None
+        kept = 0  # rows that are the long prompt's alone
+        blocked = False  # one waits for blocks: nobody overtakes it
+        reading = [each for each in self._running if each.pending > 1]
+        for sequence in heapq.merge(reading, self._waiting[:LOOK_AHEAD], key=_by_rank):
+            if left == kept:
+                break
+            let_in = sequence in self._running
+            found = [] if let_in or blocked else self._find_prefix(sequence)
+            pending = sequence.pending - min(len(found) * KV_BLOCK_SIZE, sequence.skippable)
+            if too_long is not None and pending > left - kept:
+                continue
+            if not let_in and (blocked or not self._admit(sequence, found)):
+                blocked = True
+                continue
+            if pending > left:
+                too_long, kept = sequence, left - left // 2
+            else:
+                lengths[sequence] = pending
+                left -= pending
+        if too_long is not None:
+            lengths[too_long] = left
+
+    # --- blocks ---------------------------------------------------------------------------------
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Return the kept blocks that hold the beginning of a sequence, in order of position."""
+        found: list[int] = []
+        if self._prefix_cache and sequence.skippable:
+            # With the token after those skipped, for it can be computed in a block that is found.
+            for index in range((sequence.skippable + 1) // KV_BLOCK_SIZE):
+                block = self._pool.find(sequence.block_key(index))
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def _admit(self, sequence: Sequence, found: list[int]) -> bool:
+        """Let a waiting sequence in if there are blocks for all of its tokens, now or in prospect.
+
+        Not for the first piece alone: else it would soon have to give its blocks back.
+        """
+        behind = [each for each in self._running if each.rank > sequence.rank]
+        most_gain = sum(each.blocks_for(len(each.token_ids)) for each in behind)
+        if self._lacking(sequence, found) > most_gain:
+            return False
+        while self._lacking(sequence, found) > 0:
+            if not self._running or self._running[-1].rank < sequence.rank:
+                return False
+            self._preempt_last()
+        self._pool.share(found)
+        for block in found:
+            sequence.add_block(block)
+        self._skip(sequence, min(len(found) * KV_BLOCK_SIZE, sequence.skippable))
+        insort(self._running, sequence, key=_by_rank)
+        self._waiting.remove(sequence)
+        return True
+
+    def _skip(self, sequence: Sequence, tokens: int) -> None:
+        sequence.computed = tokens
+        self.cached_tokens += tokens
+        if sequence.generated == 0:
+            sequence.cached_tokens = tokens
+
+    def _lacking(self, sequence: Sequence, found: list[int]) -> int:
+        """Return how many more blocks there would have to be to let a sequence in."""
+        needed = sequence.blocks_for(len(sequence.token_ids))
+        held = sum(map(self._pool.is_held, found))
+        if len(found) * KV_BLOCK_SIZE > sequence.skippable and self._pool.is_held(found[-1]):
+            held -= 1  # the last of its tokens is computed again, in a copy
+        promised = sum(
+            each.blocks_for(len(each.token_ids)) - len(each.block_ids) for each in self._running
+        )
+        return needed - held + promised - self._pool.available
+
+    def _may_write(self, sequence: Sequence, length: int) -> bool:
+        """Whether the next tokens go into a block that a sequence has; most decoded tokens do."""
+        start, blocks = sequence.computed, sequence.block_ids
+        room = len(blocks) * KV_BLOCK_SIZE - start
+        return length <= room and self._pool.is_writable(blocks[start // KV_BLOCK_SIZE])
+
+    def _make_room(self, sequence: Sequence, length: int) -> bool:
+        """Preempt those of higher ranks until there are blocks for the next tokens."""
+        while self._blocks_needed(sequence, length) > self._pool.available:
+            if self._running[-1] is sequence:
+                return False  # it waits for those of lower ranks
+            self._preempt_last()
+        return True
+
+    def _blocks_needed(self, sequence: Sequence, length: int) -> int:
+        more = sequence.blocks_for(sequence.computed + length) - len(sequence.block_ids)
+        return more + self._writes_to_shared(sequence)
+
+    def _writes_to_shared(self, sequence: Sequence) -> bool:
+        index = sequence.computed // KV_BLOCK_SIZE
+        blocks = sequence.block_ids
+        return index < len(blocks) and self._pool.is_shared(blocks[index])
+
+    def _take_blocks(self, sequence: Sequence, length: int) -> tuple[int, int] | None:
+        """Give a sequence blocks that it may write its next tokens to; return what to copy."""
+        copy = None
+        index = sequence.computed // KV_BLOCK_SIZE
+        if self._writes_to_shared(sequence):
+            copy = (sequence.block_ids[index], self._pool.allocate())
+            sequence.replace_block(index, copy[1])
+            self._pool.release(copy[:1])
+        elif index < len(sequence.block_ids):
+            self._pool.forget(sequence.block_ids[index])
+        while len(sequence.block_ids) < sequence.blocks_for(sequence.computed + length):
             sequence.add_block(self._pool.allocate())
+        return copy
 
-    def _preempt_youngest(self) -> None:
-        victim = self._running.pop()
+    def _preempt_last(self) -> None:
+        victim = self._running[-1]
+        insort(self._waiting, victim, key=_by_rank)
+        self._running.pop()
         self._pool.release(victim.drop_blocks())
-        self._waiting.appendleft(victim)
+        self.preemptions += 1
+
+
+def _lead(leader: Sequence, followers: list[Sequence]) -> None:
+    leader.leader = None
+    leader.followers = followers
+    for follower in followers:
+        follower.leader = leader
+
+
+def _leave(follower: Sequence) -> None:
+    """Make a sequence read its prompt by itself from now on."""
+    if follower.leader is not None:
+        if follower in follower.leader.followers:
+            follower.leader.followers.remove(follower)
+        follower.leader = None

@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from bitllm.backends.base import KV_BLOCK_SIZE
-from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, Usage
+from bitllm.backends.base import KV_BLOCK_SIZE, OutputKind
+from bitllm.engine.blocks import block_key, root_key
+from bitllm.engine.grammar import GrammarState
+from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, ToolCall, Usage
+from bitllm.engine.readout import Rows, longest_run
 from bitllm.engine.request import Request
 from bitllm.engine.text import Detokenizer, TextStream
+from bitllm.engine.tools import parse_calls
 from bitllm.errors import BitllmError, CheckpointError, ConfigError
 
 __all__ = ["Sequence"]
 
 
 class Sequence:
-    """The state of one request.
+    """The state of one request, or of one of its choices.
 
     Everything but `token_ids` can be computed again from them: a sequence that loses its blocks
     (`computed` = 0) goes on as if nothing had been, because drawing depends on the request and
@@ -28,20 +32,40 @@ class Sequence:
         block_ids: KV blocks held, in order of position.
         finish_reason: None while it runs.
         failure: why no further token can be drawn, None if nothing went wrong.
-        hidden: float32 [hidden] of the last token, once it is computed, where that was asked for.
+        choice: which completion of the request this is; each has draws of its own.
+        rows: what was asked of the rows of the prompt, None if nothing was; its choices share it.
+        form: what may come next by the request's grammar, None if everything may.
+        leader: the sequence that reads the prompt for this one too; None once it has, and for the
+            leader itself.
+        followers: the sequences that have this one for their leader.
+        rank: place in the order of service, given by the scheduler.
+        cached_tokens: tokens of the prompt that were found in the cache.
     """
 
-    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
+    def __init__(
+        self,
+        request: Request,
+        detokenizer: Detokenizer,
+        choice: int = 0,
+        rows: Rows | None = None,
+    ) -> None:
         self.request = request
+        self.choice = choice
+        self.leader: Sequence | None = None
+        self.followers: list[Sequence] = []
+        self.rank: tuple[int, int, int] = (0, 0, choice)
+        self.cached_tokens = 0
         self.token_ids = list(request.prompt_ids)
         self.computed = 0
         self.block_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.failure: BitllmError | None = None
-        self.hidden: npt.NDArray[np.float32] | None = None
+        self.rows = rows
+        self.form = None if request.grammar is None else request.grammar.start()
         self.seen = dict.fromkeys(request.prompt_ids, 0) if request.penalised else {}
         longest = len(request.prompt_ids) + request.max_tokens
         self._table = np.full(self.blocks_for(longest), -1, np.int32)
+        self._keys = [root_key(request.prefix_key)]
         self._stream = TextStream(detokenizer, request.stop_strings)
         self._logprobs: list[TokenLogprob] = []
         self._chunk_start = self.prompt_length
@@ -69,15 +93,49 @@ class Sequence:
         return len(self.token_ids) - self.computed
 
     @property
+    def draws(self) -> bool:
+        """Whether the row of its last token draws the next one."""
+        return self.request.max_tokens > 0
+
+    @property
+    def skippable(self) -> int:
+        """Leading tokens that need not be computed if the cache has them.
+
+        All but the last, and none whose row is still wanted.
+        """
+        if not self.request.prefix_cache:
+            return 0
+        known = len(self.token_ids) - 1
+        if self.rows is None or self.rows.complete:
+            return known
+        return min(known, self.rows.readout.start + self.rows.done)
+
+    def next_length(self, budget: int) -> int:
+        """Return how many of its pending tokens the next step computes, at most `budget`."""
+        return min(self.pending, longest_run(self.rows, budget))
+
+    @property
     def finished(self) -> bool:
-        """Whether the last token is drawn, or none can be, or nothing but `hidden` was wanted."""
-        ended = self.finish_reason is not None or self.failure is not None
-        return ended or self.hidden is not None
+        """Whether the last token is drawn, or none can be."""
+        return self.finish_reason is not None or self.failure is not None
 
     def add_block(self, block: int) -> None:
         """Take a KV block for the next positions."""
         self._table[len(self.block_ids)] = block
         self.block_ids.append(block)
+
+    def replace_block(self, index: int, block: int) -> None:
+        """Take another KV block in the place of one that is held."""
+        self._table[index] = block
+        self.block_ids[index] = block
+
+    def block_key(self, index: int) -> bytes:
+        """Return the key of a full block, which stands for all tokens up to its end."""
+        while len(self._keys) <= index + 1:
+            start = (len(self._keys) - 1) * KV_BLOCK_SIZE
+            tokens = self.token_ids[start : start + KV_BLOCK_SIZE]
+            self._keys.append(block_key(self._keys[-1], tokens))
+        return self._keys[index + 1]
 
     def drop_blocks(self) -> list[int]:
         """Forget everything computed and return the blocks that held it."""
@@ -93,6 +151,14 @@ class Sequence:
         """Note the time (seconds) of the first step this sequence takes part in."""
         if self._times[0] == 0.0:
             self._times = [now, now, now]
+
+    def follow(self, leader: Sequence) -> None:
+        """Go on from the prompt that the leader has read, with its blocks."""
+        for block in leader.block_ids:
+            self.add_block(block)
+        self.computed = leader.computed
+        self.cached_tokens = leader.cached_tokens
+        self._times = list(leader._times)
 
     def append(self, token_id: int, logprob: TokenLogprob | None, now: float) -> None:
         """Add a drawn token and find out whether it is the last."""
@@ -113,6 +179,27 @@ class Sequence:
         elif self.generated >= request.max_tokens:
             self._stream.finish()
             self.finish_reason = "length"
+        elif self.form is not None:
+            self._take_form(self.form, token_id)
+
+    def _take_form(self, form: GrammarState, token_id: int) -> None:
+        form.accept(token_id)
+        self.failure = form.error
+        if form.complete:
+            self._stream.finish()
+            self.finish_reason = "stop"
+
+    def read(self, now: float) -> None:
+        """End where nothing is to be drawn and the last of the wanted rows is there."""
+        self._times[2] = now
+        if not self.draws and self.rows is not None and self.rows.complete:
+            self._times[1] = now
+            self.finish_reason = "length"
+
+    def expire(self) -> None:
+        """End here, with the text so far: its time is up."""
+        self._stream.finish()
+        self.finish_reason = "timeout"
 
     def fail(self) -> None:
         """End without a result: the decoder found no token that may be drawn."""
@@ -139,7 +226,7 @@ class Sequence:
             logprobs = tuple(self._logprobs[start - self.prompt_length :])
         ids = tuple(self.token_ids[start:])
         if not self.finished:
-            return Chunk(text=text, token_ids=ids, logprobs=logprobs)
+            return Chunk(text=text, token_ids=ids, logprobs=logprobs, index=self.choice)
         self._reported = True
         return Chunk(
             text=text,
@@ -148,6 +235,9 @@ class Sequence:
             usage=self._usage(),
             seed=self._seed(),
             logprobs=logprobs,
+            prompt_logprobs=self._prompt_logprobs(),
+            tool_calls=self._tool_calls(),
+            index=self.choice,
         )
 
     def completion(self) -> Completion:
@@ -161,7 +251,24 @@ class Sequence:
             usage=self._usage(),
             seed=self._seed(),
             logprobs=tuple(self._logprobs) if self.request.top_logprobs >= 0 else None,
+            prompt_logprobs=self._prompt_logprobs(),
+            tool_calls=self._tool_calls(),
+            index=self.choice,
         )
+
+    def _tool_calls(self) -> tuple[ToolCall, ...]:
+        names = self.request.tool_names
+        return parse_calls(self._stream.text, names) if names else ()
+
+    def rows_read(self) -> Rows:
+        """Return the rows of a finished request that wanted some."""
+        if self.rows is None or not self.rows.complete:
+            raise RuntimeError("the sequence has no rows, or not all of them")
+        return self.rows
+
+    def _prompt_logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        scored = self.rows is not None and self.rows.readout.kind == OutputKind.SCORE
+        return self.rows.logprobs() if self.rows is not None and scored else None
 
     def _seed(self) -> int | None:
         return self.request.seed if self.request.temperature > 0 else None
@@ -173,4 +280,5 @@ class Sequence:
             completion_tokens=self.generated,
             prefill_seconds=first - start,
             decode_seconds=last - first,
+            cached_tokens=self.cached_tokens,
         )

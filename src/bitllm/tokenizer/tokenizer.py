@@ -114,7 +114,7 @@ class Tokenizer:
         return self._template_source
 
     def to_json(self) -> str:
-        """Return the tokenizer proper as the text of a tokenizer.json."""
+        """Return the text of a tokenizer.json, with the tokens that other files added."""
         return str(self._backend.to_str())
 
     def token(self, token_id: int) -> str | None:
@@ -208,17 +208,21 @@ class Tokenizer:
         return ChatTemplate(self._template_source)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Turn messages into ids, with exactly one beginning of text where the model has one.
 
-        Some templates write it and some leave it to the tokenizer; both are served.
+        Some templates write it and some leave it to the tokenizer; both are served. Arguments as
+        in `apply_chat_template`.
 
         Raises:
             ChatTemplateError: the model has no chat template, or it fails on these messages.
             TokenizerError: a message is no valid Unicode string.
         """
-        ids = self._encode_bare(self.apply_chat_template(messages, add_generation_prompt))
+        ids = self._encode_bare(self.apply_chat_template(messages, add_generation_prompt, tools))
         begun = ids[: len(self._before)] == self._before
         return ids if begun else [*self._before, *ids]
 

@@ -82,8 +82,30 @@ def kept_ids(plan: SamplePlan, entry: int, adjusted: F32) -> I32:
     if plan.min_p[entry] > 0:
         likely = probabilities >= plan.min_p[entry]
         likely[0] = True
-        ids = ids[likely]
+        ids, probabilities = ids[likely], probabilities[likely]
+    if plan.typical_p[entry] < 1:
+        ids = ids[_typical(probabilities, plan.typical_p[entry])]
     return ids
+
+
+def _typical(probabilities: F32, wanted: np.float32) -> npt.NDArray[np.intp]:
+    """Return which of these are locally typical, in their own order.
+
+    Args:
+        probabilities: float32, most likely first, not normalised; those that have vanished are
+            the least typical.
+        wanted: the share of their sum that is kept.
+    """
+    weights = np.where(probabilities > 0, probabilities, np.float32(0)).astype(np.float64)
+    total = np.cumsum(weights)[-1]
+    surprise = np.full(len(weights), np.inf)
+    left = weights > 0
+    surprise[left] = -(log_f64(weights[left]) - log_f64(total))
+    entropy = np.cumsum(weights[left] / total * surprise[left])[-1] if left.any() else 0.0
+    order = np.argsort(np.abs(surprise - entropy), kind="stable")
+    cumulative = np.cumsum(weights[order])
+    count = 1 + int((cumulative < np.float64(wanted) * total).sum())
+    return np.sort(order[:count])
 
 
 def score_row(logits: F32, target: int, top_n: int) -> tuple[np.float32, I32, F32]:

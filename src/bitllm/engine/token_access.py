@@ -1,0 +1,160 @@
+"""Scores, perplexity, logits and embeddings of a model: what `LLM` offers besides writing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import cast, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from bitllm.checkpoint import ModelSpec
+from bitllm.engine.outputs import Score
+from bitllm.engine.prompt import Prompt, is_one, pairs_to_score, token_ids_of
+from bitllm.engine.request import Request
+from bitllm.engine.scoring import (
+    Pooling,
+    check_pooling,
+    hidden_request,
+    logits_request,
+    perplexity_of,
+    pool,
+    score_of,
+    score_request,
+    windows,
+)
+from bitllm.engine.sequence import Sequence
+from bitllm.tokenizer import Tokenizer
+
+__all__ = ["TokenAccess"]
+
+F32 = npt.NDArray[np.float32]
+
+
+class TokenAccess:
+    """Reading a model token by token, through the batches of the engine.
+
+    Attributes:
+        tokenizer: from text to ids.
+        spec: the architecture.
+        context: most tokens of one text.
+    """
+
+    tokenizer: Tokenizer
+    spec: ModelSpec
+    context: int
+
+    def _run(self, requests: Iterable[Request]) -> Iterator[Sequence]:
+        """Yield the finished sequences of these requests, in their order."""
+        raise NotImplementedError
+
+    @overload
+    def score(self, prompt: Prompt, continuation: Prompt, *, top: int = 0) -> Score: ...
+
+    @overload
+    def score(
+        self,
+        prompt: Prompt | list[str] | list[list[int]],
+        continuation: list[str] | list[list[int]],
+        *,
+        top: int = 0,
+    ) -> list[Score]: ...
+
+    def score(
+        self,
+        prompt: Prompt | list[str] | list[list[int]],
+        continuation: Prompt | list[str] | list[list[int]],
+        *,
+        top: int = 0,
+    ) -> Score | list[Score]:
+        """Return how likely a continuation is after a prompt.
+
+        A text is encoded on its own, the prompt with the start token and the continuation without:
+        so a continuation begins with its space. Where a word could fall into other tokens, give
+        ids. The text of a prompt may be empty if the model has a start token.
+
+        Args:
+            prompt: a text or its token ids, or one for each continuation.
+            continuation: a text or its token ids; or a list of those.
+            top: how many of the likeliest tokens are told at each place.
+
+        Raises:
+            ConfigError: nothing to score, or an id outside the vocabulary.
+            ContextOverflowError: prompt and continuation do not fit into the context.
+        """
+        requests = [
+            score_request(before, after, top, self.spec, self.context)
+            for before, after in pairs_to_score(self.tokenizer, prompt, continuation)
+        ]
+        scores = [score_of(each.rows_read().logprobs(), top) for each in self._run(requests)]
+        return scores[0] if is_one(continuation) else scores
+
+    def perplexity(
+        self, text: Prompt, *, context: int | None = None, stride: int | None = None
+    ) -> float:
+        """Return exp of the mean negative log-probability of the tokens of a text.
+
+        Every token but the first is scored once. A text longer than `context` is read in windows,
+        each `stride` tokens further than the one before: a token then sees at least
+        context - stride tokens before it (but at the start of the text).
+
+        Args:
+            text: a text, of any length, or its token ids.
+            context: tokens of a window; None = what the model was loaded with.
+            stride: 1 to context - 1; smaller is slower and nearer to what the model can do. None =
+                half of a window.
+
+        Raises:
+            ConfigError: fewer than two tokens, or a window or stride out of range.
+        """
+        ids = token_ids_of(text, self.tokenizer)
+        window = self.context if context is None else context
+        parts = windows(ids, window, stride, self.spec, self.context)
+        return perplexity_of(each.rows_read().values for each in self._run(parts))
+
+    def forward(self, token_ids: Prompt, *, start: int = 0) -> F32:
+        """Return the logits after each token, float32 [tokens - start, vocab].
+
+        Row i belongs to token start + i, and says what the model expects after it. They are
+        computed in pieces, straight into the result.
+
+        Args:
+            token_ids: ids, or a text.
+            start: the first token whose logits are wanted; len(token_ids) - 1 = only the last.
+
+        Raises:
+            ConfigError: no tokens, an id outside the vocabulary, or `start` beyond the last.
+            ContextOverflowError: they do not fit into the context.
+            InsufficientMemoryError: the result does not fit into memory.
+        """
+        ids = token_ids_of(token_ids, self.tokenizer)
+        (sequence,) = self._run([logits_request(ids, start, self.spec, self.context)])
+        return sequence.rows_read().values
+
+    def embed(
+        self,
+        texts: Prompt | list[str] | list[list[int]],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+    ) -> F32:
+        """Return one vector for each text, float32 [texts, hidden].
+
+        Args:
+            texts: one or several, or their token ids; one text gives one row.
+            pooling: "mean" of the hidden states of all tokens, or that of the "last" token; None =
+                what the model was made for.
+            normalize: scale each vector to length 1.
+
+        Raises:
+            ConfigError: no tokens, or no `pooling` for a model that was not made for embeddings.
+            ContextOverflowError: a text does not fit into the context.
+        """
+        chosen = check_pooling(pooling, self.spec)
+        given = [texts] if is_one(texts) else cast("list[Prompt]", texts)
+        requests = [
+            hidden_request(token_ids_of(each, self.tokenizer), chosen, self.spec, self.context)
+            for each in given
+        ]
+        vectors = [pool(s.rows_read().values, normalize=normalize) for s in self._run(requests)]
+        return np.array(vectors, np.float32).reshape(-1, self.spec.hidden_size)
