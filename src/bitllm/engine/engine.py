@@ -165,10 +165,10 @@ class Engine:
             self._scheduler.remove(sequence)
 
     def resume(self, sequence: Sequence) -> None:
-        """Queue a paused sequence again; its tokens are computed again and it goes on."""
+        """Queue a paused sequence again, at its rank; what is not kept of it is computed again."""
         with self._lock:
             if not sequence.finished:
-                self._scheduler.add(sequence)
+                self._scheduler.put_back(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence and free its blocks at once."""
