@@ -90,7 +90,7 @@ def test_blocks_are_free_afterwards(llm: LLM) -> None:
 
 def test_a_model_that_does_not_embed() -> None:
     model = random_checkpoint(tiny_spec(vocab_size=258))
-    with make_llm(model) as llm, pytest.raises(ConfigError, match="gives no embeddings"):
+    with make_llm(model) as llm, pytest.raises(ConfigError, match="not made for embeddings"):
         llm.embed([1])
 
 

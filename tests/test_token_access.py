@@ -227,9 +227,9 @@ def test_embeddings_are_pooled_hidden_states_of_the_reference(
     wanted = hidden[-1] if pooling == "last" else hidden.mean(axis=0, dtype=np.float64)
     np.testing.assert_array_equal(raw[0], wanted.astype(np.float32))
     unit = llm.embed(TEXT, pooling=pooling)
-    assert unit.shape == (1, llm.spec.hidden_size)
-    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
-    np.testing.assert_allclose(unit[0], raw[0] / np.linalg.norm(raw[0]), rtol=1e-5)
+    assert unit.shape == (llm.spec.hidden_size,)
+    np.testing.assert_allclose(np.linalg.norm(unit), 1, rtol=1e-6)
+    np.testing.assert_allclose(unit, raw[0] / np.linalg.norm(raw[0]), rtol=1e-5)
 
 
 def test_pooling_is_the_models_own_or_said() -> None:

@@ -215,7 +215,7 @@ class AsyncLLM:
         pooling: Pooling | None = None,
         normalize: bool = True,
     ) -> npt.NDArray[np.float32]:
-        """Return one vector for each text, float32 [texts, hidden]; as `LLM.embed`."""
+        """Return the embedding of a text, or of several; as `LLM.embed`."""
         return await self._read(
             lambda access: access.embed(texts, pooling=pooling, normalize=normalize)
         )

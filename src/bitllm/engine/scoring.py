@@ -15,7 +15,7 @@ from bitllm.config import as_integer
 from bitllm.engine.outputs import Score, TokenLogprob
 from bitllm.engine.readout import Readout
 from bitllm.engine.request import Request, readout_request
-from bitllm.errors import ConfigError
+from bitllm.errors import CheckpointError, ConfigError
 
 __all__ = [
     "Pooling",
@@ -157,9 +157,17 @@ def pool(hidden: F32, *, normalize: bool) -> F32:
 
     Args:
         hidden: states after the final norm.
-        normalize: scale the mean to length 1; a zero vector stays as it is.
+        normalize: scale the mean to length 1.
+
+    Raises:
+        CheckpointError: NaN or infinity, or a vector of zeros that has no direction.
     """
     mean = hidden.mean(axis=0, dtype=np.float64)
     length = float(np.sqrt((mean * mean).sum()))
-    scaled: F32 = (mean / length if normalize and length > 0 else mean).astype(np.float32)
+    if not np.isfinite(length) or (normalize and length == 0):
+        raise CheckpointError(
+            "the model computes no number for the embedding of a text",
+            hint="its weights are damaged or overflow; download it again",
+        )
+    scaled: F32 = (mean / length if normalize else mean).astype(np.float32)
     return scaled

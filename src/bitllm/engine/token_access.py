@@ -138,23 +138,31 @@ class TokenAccess:
         pooling: Pooling | None = None,
         normalize: bool = True,
     ) -> F32:
-        """Return one vector for each text, float32 [texts, hidden].
+        """Return the embedding of a text, or of several.
+
+        Texts that the model expects behind an instruction have to be given with it.
 
         Args:
-            texts: one or several, or their token ids; one text gives one row.
+            texts: a text or its token ids; or a list of those.
             pooling: "mean" of the hidden states of all tokens, or that of the "last" token; None =
                 what the model was made for.
-            normalize: scale each vector to length 1.
+            normalize: scale each vector to length 1, so that products of two are cosines.
+
+        Returns:
+            float32 [hidden]; for a list of n texts, [n, hidden].
 
         Raises:
             ConfigError: no tokens, or no `pooling` for a model that was not made for embeddings.
             ContextOverflowError: a text does not fit into the context.
+            CheckpointError: the model computes no numbers.
         """
         chosen = check_pooling(pooling, self.spec)
-        given = [texts] if is_one(texts) else cast("list[Prompt]", texts)
+        one = is_one(texts)
+        given = [cast(Prompt, texts)] if one else cast("list[Prompt]", texts)
         requests = [
             hidden_request(token_ids_of(each, self.tokenizer), chosen, self.spec, self.context)
             for each in given
         ]
         vectors = [pool(s.rows_read().values, normalize=normalize) for s in self._run(requests)]
-        return np.array(vectors, np.float32).reshape(-1, self.spec.hidden_size)
+        rows = np.array(vectors, np.float32).reshape(-1, self.spec.hidden_size)
+        return rows.reshape(-1) if one else rows
