@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bitllm.cli.app import app
-from bitllm.formats import cache as module
 from bitllm.formats import resolve_model
+from bitllm.formats.hub import cache as module
 from cli_model import write_model
 from fake_hub import FakeHub, serve, use
 

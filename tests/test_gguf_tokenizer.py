@@ -16,7 +16,7 @@ from tokenizers.trainers import BpeTrainer
 from bitllm.engine.loading import open_tokenizer
 from bitllm.errors import TokenizerError
 from bitllm.tokenizer import gguf_tokenizer
-from bitllm.tokenizer.known_models import KNOWN_MODELS
+from bitllm.tokenizer.gguf_repairs import REPAIRS
 from gguf_files import write_gguf
 
 # The splits of Llama 3 and Qwen 2, as their tokenizer.json files have them.
@@ -261,7 +261,7 @@ def test_an_unknown_pre_tokenizer_is_warned_of() -> None:
 def test_known_models_name_known_pre_tokenizers() -> None:
     from bitllm.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
-    assert {known.pre for known in KNOWN_MODELS} <= set(PRE_TOKENIZERS)
+    assert {known.pre for known in REPAIRS} <= set(PRE_TOKENIZERS)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,12 @@ from bitllm.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from bitllm.formats import download, resolve_model
-from bitllm.formats import hub as module
-from bitllm.formats.download import check_file
-from bitllm.formats.known_models import KNOWN_MODELS
-from bitllm.formats.references import HubReference, parse_reference
+from bitllm.formats import resolve_model
+from bitllm.formats.hub import download
+from bitllm.formats.hub import resolve as module
+from bitllm.formats.hub.download import check_file
+from bitllm.formats.hub.known_models import KNOWN_MODELS
+from bitllm.formats.hub.references import HubReference, parse_reference
 from fake_hub import FakeHub, git_sha1, serve, use
 
 PLAIN = {

@@ -13,7 +13,7 @@ from bitllm.cli.options import json_option, option, verbose_option
 from bitllm.cli.terminal import emit, emit_json, note
 
 if TYPE_CHECKING:
-    from bitllm.formats.cache import CachedModel
+    from bitllm.formats.hub.cache import CachedModel
 
 __all__ = ["list"]
 
@@ -42,7 +42,7 @@ def list(everything: bool, known: bool, as_json: bool) -> None:
 
 
 def _described() -> Iterator[dict[str, Any]]:
-    from bitllm.formats.cache import cached_models
+    from bitllm.formats.hub.cache import cached_models
 
     for model in cached_models():
         facts = dataclasses.asdict(model)
@@ -53,7 +53,7 @@ def _problem(model: CachedModel) -> str | None:
     """Say why bitllm cannot run a model; None if its headers are in order."""
     from bitllm.errors import BitllmError
     from bitllm.formats import open_checkpoint
-    from bitllm.formats.cache import keep_times
+    from bitllm.formats.hub.cache import keep_times
 
     if not model.complete:
         return "not complete; `bitllm pull` goes on" if _was_begun(model) else "no weights"
@@ -84,7 +84,7 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _list_known(as_json: bool) -> None:
-    from bitllm.formats.known_models import KNOWN_MODELS
+    from bitllm.formats.hub.known_models import KNOWN_MODELS
 
     if as_json:
         emit_json([dataclasses.asdict(model) for model in KNOWN_MODELS])

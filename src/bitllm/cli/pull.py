@@ -35,7 +35,7 @@ def pull(ref: str, revision: str | None, check: bool, as_json: bool) -> None:
     """  # noqa: D301
     from bitllm.errors import ConfigError
     from bitllm.formats import resolve_model
-    from bitllm.formats.references import parse_reference
+    from bitllm.formats.hub.references import parse_reference
 
     if parse_reference(ref) is None:
         resolve_model(ref, revision=revision)  # the error that says what was meant
@@ -43,7 +43,7 @@ def pull(ref: str, revision: str | None, check: bool, as_json: bool) -> None:
     try:
         files = resolve_model(f"hf:{ref.removeprefix('hf:')}", revision=revision)
     except KeyboardInterrupt:
-        from bitllm.formats.hub_errors import KEPT
+        from bitllm.formats.hub.failures import KEPT
 
         note(f"stopped: {KEPT}")
         raise
@@ -80,7 +80,7 @@ def _describe(files: ModelFiles, checked: int | None) -> dict[str, Any]:
 
 def _paths(files: ModelFiles) -> list[Any]:
     """Return the files of the snapshot; of a GGUF file with others beside it, its parts only."""
-    from bitllm.formats.gguf_names import gguf_parts
+    from bitllm.formats.gguf.file_names import gguf_parts
 
     if files.path.is_dir():
         return [path for path in files.path.rglob("*") if path.is_file()]
@@ -94,7 +94,7 @@ def _check(files: ModelFiles) -> int:
         CheckpointError: some are damaged; they are removed, so that they are fetched again.
     """
     from bitllm.errors import CheckpointError
-    from bitllm.formats.download import check_file
+    from bitllm.formats.hub.download import check_file
 
     with waiting("checking"):
         results = {path: check_file(path) for path in _paths(files)}

@@ -29,7 +29,7 @@ def rm(refs: tuple[str, ...], yes: bool) -> None:
     """  # noqa: D301
     from bitllm.engine.memory_plan import format_bytes
     from bitllm.errors import ConfigError
-    from bitllm.formats.cache import plan_removal
+    from bitllm.formats.hub.cache import plan_removal
 
     removals = [plan_removal(ref) for ref in dict.fromkeys(refs)]  # all are there, or none goes
     if not yes and not _somebody_is_there():

@@ -12,7 +12,7 @@ from bitllm.checkpoint import Checkpoint, ScaleConvention
 from bitllm.convert.source import directory_texts, gguf_tokenizer
 from bitllm.errors import CheckpointError, ConfigError
 from bitllm.formats import ModelFiles, find_gguf, open_checkpoint, resolve_model
-from bitllm.formats.gguf_names import gguf_parts
+from bitllm.formats.gguf.file_names import gguf_parts
 from bitllm.formats.writers import WritePlan, check_target
 from bitllm.formats.writers.gguf import GgufType, plan_gguf
 from bitllm.formats.writers.huggingface import plan_huggingface

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bitllm.errors import TokenizerError
-from bitllm.tokenizer.known_models import KnownModel, find_known_model
+from bitllm.tokenizer.gguf_repairs import Repair, find_repair
 from bitllm.tokenizer.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, build_pre_tokenizer
 from bitllm.tokenizer.tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ def gguf_tokenizer(
         TokenizerError: the metadata hold no tokenizer, or one that cannot be built.
     """
     found = _Metadata(fields, name)
-    known = find_known_model(found.architecture, found.tokens)
+    known = find_repair(found.architecture, found.tokens)
     kind = found.text("model", "gpt2")
     if kind not in ("gpt2", "llama"):
         raise TokenizerError(
@@ -135,7 +135,7 @@ def gguf_tokenizer(
     )
 
 
-def _pre_tokenizer(found: _Metadata, known: KnownModel | None) -> PreTokenizer:
+def _pre_tokenizer(found: _Metadata, known: Repair | None) -> PreTokenizer:
     name = found.text("pre")
     if known is not None and name in known.wrong_pre:
         warnings.warn(
@@ -159,7 +159,7 @@ def _said(what: str, value: str | None) -> str:
     return f"the file names no {what}" if value is None else f"the file names the {what} {value!r}"
 
 
-def _repaired_text(found: _Metadata, known: KnownModel | None) -> tuple[str | None, list[int]]:
+def _repaired_text(found: _Metadata, known: Repair | None) -> tuple[str | None, list[int]]:
     """Return the chat template and further ids that end an answer."""
     template = found.text("tokenizer.chat_template")
     if known is None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from bitllm.errors import CheckpointError, FormatError, MissingTensorError, ModelNotFoundError
 from bitllm.formats.gguf.container import GgufFile, GgufTensor
-from bitllm.formats.gguf_names import MOST_PARTS, gguf_parts, split_number
+from bitllm.formats.gguf.file_names import MOST_PARTS, gguf_parts, split_number
 
 __all__ = ["GgufModel", "find_gguf"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitllm.errors import CheckpointError, ModelNotFoundError
-from bitllm.formats.gguf_names import gguf_names, gguf_parts, is_of_kind
+from bitllm.formats.gguf.file_names import gguf_names, gguf_parts, is_of_kind
+from bitllm.formats.hub.references import HubReference, parse_reference
 from bitllm.formats.json_file import read_json_object
-from bitllm.formats.references import HubReference, parse_reference
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, CachedRevisionInfo

@@ -1,9 +1,9 @@
 """From a model reference to its files: a local path, a model of the Hugging Face Hub, or nothing.
 
 A reference is, in this order: an existing local path; a name on the Hub
-(`bitllm.formats.references`), with `hf:` before it to mean nothing else; None, the embedded demo
-model. The Hub is reached through huggingface_hub, which is imported only then: its cache and its
-HF_* variables hold.
+(`bitllm.formats.hub.references`), with `hf:` before it to mean nothing else; None, the embedded
+demo model. The Hub is reached through huggingface_hub, which is imported only then: its cache and
+its HF_* variables hold.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from bitllm.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from bitllm.formats.download import fetch_blob
-from bitllm.formats.gguf_names import gguf_names, gguf_parts, is_of_kind
-from bitllm.formats.hub_errors import explained, is_offline, unreachable
+from bitllm.formats.gguf.file_names import gguf_names, gguf_parts, is_of_kind
+from bitllm.formats.hub.download import fetch_blob
+from bitllm.formats.hub.failures import explained, is_offline, unreachable
+from bitllm.formats.hub.known_models import KNOWN_MODELS, near_names
+from bitllm.formats.hub.references import HubReference, parse_reference
 from bitllm.formats.json_file import read_json_object
-from bitllm.formats.known_models import KNOWN_MODELS, near_names
-from bitllm.formats.references import HubReference, parse_reference
 
-__all__ = ["KNOWN_MODELS", "ModelFiles", "resolve_model"]
+__all__ = ["ModelFiles", "resolve_model"]
 
 _SMALL_FILES = [
     "config.json",
@@ -81,7 +81,7 @@ def resolve_model(
 
     Args:
         ref: a model directory or a file in it, a name on the Hub as in
-            `bitllm.formats.references`, or None.
+            `bitllm.formats.hub.references`, or None.
         revision: branch, tag or commit on the Hub; instead of `@revision`.
 
     Raises:

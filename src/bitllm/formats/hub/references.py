@@ -3,7 +3,7 @@
     [hf:]org/name                the repository's safetensors, or its only GGUF file
     [hf:]org/name/file.gguf      a file of the repository
     [hf:]org/name:I2_S           its one GGUF file that has this in its name
-    2b, falcon-e-1b, ...         a well-known model (`bitllm.formats.known_models`)
+    2b, falcon-e-1b, ...         a well-known model (`bitllm.formats.hub.known_models`)
 
 each with `@revision` behind it: a branch, tag or commit.
 """
@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, replace
 
 from bitllm.errors import ConfigError
-from bitllm.formats.known_models import find_alias
+from bitllm.formats.hub.known_models import find_alias
 
 __all__ = ["HubReference", "parse_reference"]
 

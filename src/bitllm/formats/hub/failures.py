@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from bitllm.errors import BitllmError, CheckpointError, ModelNotFoundError
-from bitllm.formats.known_models import near_names
+from bitllm.formats.hub.known_models import near_names
 
 __all__ = ["KEPT", "explained", "is_offline", "reason", "unreachable"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["KNOWN_MODELS", "KnownModel", "find_known_model"]
+__all__ = ["REPAIRS", "Repair", "find_repair"]
 
 _BITNET_TEMPLATE = (
     "{% for message in messages %}"
@@ -19,7 +19,7 @@ _BITNET_TEMPLATE = (
 
 
 @dataclass(frozen=True, slots=True)
-class KnownModel:
+class Repair:
     """What is right for a model.
 
     Attributes:
@@ -45,8 +45,8 @@ class KnownModel:
     wrong_template: tuple[str, ...] = ()
 
 
-KNOWN_MODELS = (
-    KnownModel(
+REPAIRS = (
+    Repair(
         "BitNet b1.58 2B-4T",
         ("bitnet-b1.58", "bitnet-25"),
         128_256,
@@ -56,7 +56,7 @@ KNOWN_MODELS = (
         template=_BITNET_TEMPLATE,
         wrong_template=("BITNETAssistant", "Human: "),
     ),
-    KnownModel(
+    Repair(
         "a model with the vocabulary of Llama 3",
         ("llama", "bitnet"),
         128_256,
@@ -64,10 +64,10 @@ KNOWN_MODELS = (
         pre="llama-bpe",
         stops=("<|eot_id|>",),
     ),
-    KnownModel(
+    Repair(
         "Falcon3", ("llama",), 131_072, (11, "<|endoftext|>"), pre="falcon3"
     ),
-    KnownModel(
+    Repair(
         "Falcon-E",
         ("llama",),
         32_768,
@@ -79,9 +79,9 @@ KNOWN_MODELS = (
 """The known models, the more particular first."""
 
 
-def find_known_model(architecture: str, tokens: Sequence[str]) -> KnownModel | None:
+def find_repair(architecture: str, tokens: Sequence[str]) -> Repair | None:
     """Return the known model with this architecture and vocabulary, or None."""
-    for known in KNOWN_MODELS:
+    for known in REPAIRS:
         id, text = known.token
         same = len(tokens) == known.vocab_size and tokens[id] == text
         if same and architecture in known.architectures:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bitllm.errors import CheckpointError, ModelNotFoundError
-from bitllm.formats.hub_errors import KEPT, reason
+from bitllm.formats.hub.failures import KEPT, reason
 
 __all__ = ["check_file", "fetch_blob"]
 
@@ -61,7 +61,7 @@ def fetch_blob(repo: str, commit: str, name: str, cache: Path) -> None:
     Raises:
         CheckpointError: the bytes do not have the checksum, or the disk cannot hold them.
         ModelNotFoundError: the connection broke; what came is kept.
-        OSError, httpx errors: for `bitllm.formats.hub_errors.explained`.
+        OSError, httpx errors: for `bitllm.formats.hub.failures.explained`.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
