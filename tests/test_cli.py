@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from bitllm.cli import info as info_module
 from bitllm.cli.app import COMMANDS, app
-from bitllm.errors import FormatError
+from bitllm.errors import CheckpointError, FormatError
 from cli_model import write_model
 from interrupted import process_to_interrupt
 
@@ -145,7 +145,7 @@ def test_a_deliberate_error_is_message_and_hint(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_error_without_hint_prints_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_with(monkeypatch, FormatError("cut short"))
+    fail_with(monkeypatch, CheckpointError("cut short"))
     assert invoke("info").stderr == "error: cut short\n"
 
 
