@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,16 @@ import numpy as np
 import pytest
 
 import bitllm
-from bitllm import LLM, AsyncLLM, ConfigError, ContextOverflowError, QuantizationError
+from bitllm import (
+    LLM,
+    AsyncLLM,
+    CheckpointError,
+    Chunk,
+    ConfigError,
+    ContextOverflowError,
+    QuantizationError,
+)
+from bitllm.backends.base import Batch, StepOutput
 from bitllm.engine.request import ModelDefaults
 from byte_tokenizer import END, byte_tokenizer
 from cli_model import write_model
@@ -253,6 +264,61 @@ def test_a_cancelled_generate_or_score_frees_its_blocks() -> None:
             assert len((await llm.generate("still there", max_tokens=2)).token_ids) == 2
 
     run(test)
+
+
+def test_long_reads_leave_the_threads_of_others_alone() -> None:
+    async def test() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        async with AsyncLLM(make_llm(seconds=0.002)) as llm:
+            reading = asyncio.create_task(llm.perplexity([97] * 5000, context=64, stride=1))
+            await until(lambda: llm.llm.free_blocks < BLOCKS)
+            await llm.generate("hello", max_tokens=2)
+            assert not reading.done()
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+
+    run(test)
+
+
+def test_a_stream_that_fails_gives_the_chunks_before_and_the_error() -> None:
+    def failing(llm: LLM) -> LLM:
+        decoder = decoder_of(llm)
+        forward = decoder.forward
+
+        def draw_nothing_at_last(batch: Batch) -> StepOutput:
+            output = forward(batch)
+            if len(decoder.steps) == 5:
+                output = replace(output, sampled=np.full_like(output.sampled, -1))
+            return output
+
+        decoder.forward = draw_nothing_at_last  # type: ignore[method-assign]
+        return llm
+
+    def seen(chunk: Chunk) -> tuple[str, tuple[int, ...], object]:
+        return chunk.text, chunk.token_ids, chunk.usage
+
+    expected: list[object] = []
+    with pytest.raises(CheckpointError, match="no number"):
+        expected.extend(map(seen, failing(make_llm(endless=True)).stream("hello")))
+    assert expected == [("a", (LETTERS,), None)] * 4
+
+    async def test() -> None:
+        async with AsyncLLM(failing(make_llm(endless=True))) as llm:
+            stream = llm.stream("hello")
+            assert [seen(await anext(stream)) for _ in expected] == expected
+            with pytest.raises(CheckpointError, match="no number"):
+                await anext(stream)
+
+    run(test)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "8", 2.5, True, None])
+def test_max_unread_is_checked_before_a_model_is_loaded(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="max_unread must be"):
+        AsyncLLM(make_llm(), max_unread=wrong)
+    with pytest.raises(ConfigError, match="max_unread must be"):
+        asyncio.run(AsyncLLM.load("/no/such/model", max_unread=wrong))
 
 
 def test_a_stream_that_is_not_read_makes_no_request() -> None:

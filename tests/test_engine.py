@@ -7,6 +7,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -412,6 +413,20 @@ def test_a_sequence_without_a_token_to_draw_fails_alone() -> None:
     for sequence in (good, damaged, banned):
         engine.abort(sequence)
     assert engine.free_blocks == 8
+
+
+def test_an_abort_that_waits_for_the_lock_leaves_nothing_to_do() -> None:
+    engine, decoder = make_engine()
+    sequence = engine.add(request())
+    engine.hold()
+    leaving = threading.Thread(target=engine.abort, args=(sequence,), daemon=True)
+    leaving.start()
+    while not engine._aborted:
+        time.sleep(0.001)
+    assert not engine.advance()
+    engine.let_go()
+    leaving.join()
+    assert (len(decoder.steps), engine.free_blocks) == (0, 8)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

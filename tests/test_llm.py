@@ -435,6 +435,19 @@ def test_a_timeout_ends_a_text_with_what_there_is() -> None:
     assert llm.free_blocks == 8
 
 
+def test_a_timeout_leaves_the_prompt_logprobs_that_were_computed() -> None:
+    prompt = [START, *b"x" * 199]  # read in four steps
+    llm = make_llm()
+    asked: Any = {"prompt_logprobs": 1, "max_tokens": 1}
+    whole = llm.generate(prompt, **asked).prompt_logprobs
+    assert whole is not None
+    assert llm.generate(prompt, timeout=1e-9, **asked).prompt_logprobs == ()
+    decoder_of(llm).on_step = lambda: time.sleep(0.1)
+    cut = llm.generate(prompt, timeout=0.05, **asked)
+    assert cut.finish_reason == "timeout"
+    assert cut.prompt_logprobs == whole[:64]
+
+
 def test_a_conversation_is_read_once() -> None:
     turn = [START, *b"x" * 60]
     llm = make_llm()

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
 from collections.abc import Sequence as Ordered
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, cast, overload
@@ -17,7 +18,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, cast, overload
 import numpy as np
 import numpy.typing as npt
 
-from bitllm.config import SamplingParams
+from bitllm.config import SamplingParams, as_integer
 from bitllm.engine.engine_thread import EngineThread, Feed
 from bitllm.engine.llm import LLM, SamplingOptions, check_streams, completion_of, sampling_of
 from bitllm.engine.loading import EngineKeywords, load
@@ -58,9 +59,11 @@ class AsyncLLM:
     """
 
     def __init__(self, llm: LLM, *, max_unread: int = 64) -> None:
-        if max_unread < 1:
-            raise ConfigError(f"max_unread must be at least 1, got {max_unread}")
+        as_integer("max_unread", max_unread, low=1)
         self.llm = llm
+        # Threads that wait for reads: those of asyncio would all be taken by a few long reads, and
+        # no prompt could be encoded meanwhile.
+        self._readers = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="bitllm read")
         self._thread = EngineThread(llm.engine, max_unread=max_unread)
         # Neither an object that was forgotten nor the end of the interpreter may leave a thread
         # in the middle of a step.
@@ -76,6 +79,7 @@ class AsyncLLM:
         **options: Unpack[EngineKeywords],
     ) -> Self:
         """Load a model in the background; arguments and errors as of `bitllm.load`."""
+        as_integer("max_unread", max_unread, low=1)
         llm = await asyncio.to_thread(load, ref, revision=revision, **options)
         return cls(llm, max_unread=max_unread)
 
@@ -235,6 +239,7 @@ class AsyncLLM:
         except asyncio.CancelledError:
             self._thread.close(drain=False)
             raise
+        self._readers.shutdown(wait=False)
         self._finalizer.detach()
 
     async def __aenter__(self) -> Self:
@@ -275,7 +280,8 @@ class AsyncLLM:
         self._thread.check_open()
         access = _ThreadAccess(self.llm, self._thread)
         try:
-            return await asyncio.to_thread(read, access)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._readers, read, access)
         except asyncio.CancelledError:
             access.cancel()
             raise

@@ -154,6 +154,7 @@ class Engine:
         """
         with self._lock:
             self._check_open()
+            self._remove_aborted()  # else they would be counted, though there is no step to make
             if len(self._scheduler) == 0:
                 return False
             self._step()

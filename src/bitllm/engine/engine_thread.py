@@ -164,10 +164,10 @@ class EngineThread:
 
     def _hand_out(self) -> None:
         for feed in list(self._feeds.values()):
-            for sequence in feed.sequences:
-                if feed.wants_chunks and (chunk := sequence.take_chunk()) is not None:
-                    self._hand(feed, chunk)
             failures = [each.failure for each in feed.sequences if each.failure is not None]
+            for sequence in feed.sequences if feed.wants_chunks and not failures else ():
+                if (chunk := sequence.take_chunk()) is not None:
+                    self._hand(feed, chunk)
             if failures or all(each.finished for each in feed.sequences):
                 self._end(feed, failures[0] if failures else None)
 

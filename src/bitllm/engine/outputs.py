@@ -110,7 +110,7 @@ class Completion:
         seed: seed of the draws, also where none was given; None at temperature 0.
         logprobs: one entry for each of `token_ids`, or None if not asked for.
         prompt_logprobs: one entry for each token of the prompt but the first, which nothing comes
-            before; None if not asked for.
+            before; fewer where a timeout came first, None if not asked for.
         tool_calls: the calls in the text, where `chat` was given tools.
         index: which completion of its prompt this is: a seed has the same text for an index
             however many are asked for.

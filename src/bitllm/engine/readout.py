@@ -94,12 +94,12 @@ class Rows:
         self.done = rows.stop
 
     def logprobs(self) -> tuple[TokenLogprob, ...]:
-        """Return the scores of SCORE rows, one for each target."""
+        """Return the scores of the SCORE rows that are filled, one for each target."""
         rows = zip(
-            self.readout.targets,
-            self.values.astype(np.float64).tolist(),
-            self.top_ids.tolist(),
-            self.top_logprobs.astype(np.float64).tolist(),
+            self.readout.targets[: self.done],
+            self.values[: self.done].astype(np.float64).tolist(),
+            self.top_ids[: self.done].tolist(),
+            self.top_logprobs[: self.done].astype(np.float64).tolist(),
             strict=True,
         )
         return tuple(
