@@ -228,6 +228,8 @@ def test_a_text_that_may_go_on_ends_by_a_stop_id(fake: LLM) -> None:
 
 
 def test_own_stops_still_count(fake: LLM) -> None:
+    exact = fake.generate("x", regex="[a-c]{3}", ignore_eos=True, max_tokens=3)
+    assert (len(exact.token_ids), exact.finish_reason) == (3, "stop")  # complete, not cut off
     cut = fake.generate("x", regex="[a-c]{30}", stop="b", temperature=1.0, seed=1, max_tokens=40)
     assert re.fullmatch("[ac]*", cut.text)
     by_id = fake.generate("x", regex="[a-c]{30}", stop_token_ids=[98], temperature=1.0, seed=1)

@@ -26,6 +26,7 @@ from bitllm.backends.base import OutputKind, StepOutput
 from bitllm.backends.reference.sampling import score_row
 from bitllm.engine import readout
 from bitllm.engine.loading import load
+from bitllm.engine.scoring import hidden_request
 from byte_tokenizer import byte_tokenizer
 from cli_model import write_model
 from fake_decoder import FakeDecoder
@@ -370,3 +371,15 @@ def test_rows_that_no_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readout.np, "empty", no_memory)
     with pytest.raises(InsufficientMemoryError, match=r"5 rows of float32 \[258\]"):
         llm.forward([1, 2, 3, 4, 5])
+
+
+def test_who_waits_for_an_answer_goes_before_what_reads_whole_files() -> None:
+    llm = fake_llm()
+    asked = [hidden_request([65] * 60, "last", llm.spec, CONTEXT) for _ in range(16)]
+    reading = [llm._engine.add(request) for request in asked]
+    answer = llm.generate("hi", max_tokens=3, ignore_eos=True)
+    assert len(answer.token_ids) == 3
+    assert sum(each.finished for each in reading) <= 4  # one fits beside each of its steps
+    for sequence in reading:
+        llm._engine.finish(sequence)
+        llm._engine.abort(sequence)

@@ -54,7 +54,7 @@ def token_ids_of(prompt: Prompt, tokenizer: Tokenizer, *, add_bos: bool = True) 
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ConfigError(
             f"token ids must be whole numbers in one list, got {prompt!r:.80}",
-            hint="text prompts and token ids cannot be mixed in one list",
+            hint="give a text, a list of token ids, or a list of those",
         )
     return [int(token) for token in ids]
 

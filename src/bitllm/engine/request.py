@@ -25,6 +25,9 @@ __all__ = [
 
 _Value = TypeVar("_Value")
 
+READING_PRIORITY = 1
+"""Of requests that read a text: files are read as a whole; who waits for an answer goes first."""
+
 DEFAULT_MAX_TOKENS = 256
 """What `max_tokens` means for a prompt where neither user nor model say."""
 
@@ -64,7 +67,7 @@ class Request:
         prefix_key: what keys and values depend on besides the tokens, such as an adapter; blocks
             of the cache are shared among equal keys only.
         prefix_cache: whether the beginning of the prompt may come from the cache instead of being
-            computed; False for a request that wants something of its rows.
+            computed.
 
     The rest is as in `SamplingParams`.
     """
@@ -193,7 +196,9 @@ def readout_request(
             f"the text has {len(token_ids)} tokens, but the context holds {context}",
             hint="shorten the text, or load the model with a larger context",
         )
-    return Request(prompt_ids=tuple(token_ids), max_tokens=0, readout=readout)
+    return Request(
+        prompt_ids=tuple(token_ids), max_tokens=0, readout=readout, priority=READING_PRIORITY
+    )
 
 
 def describe_defaults(defaults: ModelDefaults) -> str:

@@ -176,18 +176,17 @@ class Sequence:
             self.finish_reason = "stop"
         elif self._stream.push(token_id, may_stop=self.generated >= request.min_tokens):
             self.finish_reason = "stop"
-        elif self.generated >= request.max_tokens:
-            self._stream.finish()
-            self.finish_reason = "length"
-        elif self.form is not None:
-            self._take_form(self.form, token_id)
-
-    def _take_form(self, form: GrammarState, token_id: int) -> None:
-        form.accept(token_id)
-        self.failure = form.error
-        if form.complete:
+        elif self.form is not None and self._completes(self.form, token_id):
             self._stream.finish()
             self.finish_reason = "stop"
+        elif self.generated >= request.max_tokens and self.failure is None:
+            self._stream.finish()
+            self.finish_reason = "length"
+
+    def _completes(self, form: GrammarState, token_id: int) -> bool:
+        form.accept(token_id)
+        self.failure = form.error
+        return form.complete
 
     def read(self, now: float) -> None:
         """End where nothing is to be drawn and the last of the wanted rows is there."""
