@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 
 __all__ = ["BlockPool", "block_key", "root_key"]
 
@@ -18,7 +17,7 @@ def root_key(name: bytes) -> bytes:
     Args:
         name: what they depend on besides the tokens, such as an adapter.
     """
-    return blake2b(name, digest_size=_KEY_BYTES).digest()
+    return _hash(name) if name else bytes(_KEY_BYTES)
 
 
 def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -31,7 +30,14 @@ def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
         parent: key of the block before, or the `root_key`.
         token_ids: the block's tokens.
     """
-    return blake2b(parent + array("i", token_ids).tobytes(), digest_size=_KEY_BYTES).digest()
+    return _hash(parent + array("i", token_ids).tobytes())
+
+
+def _hash(content: bytes) -> bytes:
+    # Imported when first needed: it maps 4 MB of OpenSSL, which short prompts can do without.
+    from hashlib import blake2b
+
+    return blake2b(content, digest_size=_KEY_BYTES).digest()
 
 
 class BlockPool:

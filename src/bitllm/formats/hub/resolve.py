@@ -25,7 +25,6 @@ from bitllm.errors import (
     UnsupportedModelError,
 )
 from bitllm.formats.gguf.file_names import gguf_names, gguf_parts, is_of_kind
-from bitllm.formats.hub.download import fetch_blob
 from bitllm.formats.hub.failures import explained, is_offline, unreachable
 from bitllm.formats.hub.known_models import KNOWN_MODELS, near_names
 from bitllm.formats.hub.references import HubReference, parse_reference
@@ -307,6 +306,8 @@ def _fetch_weights(ref: HubReference, snapshot: Path, names: Sequence[str]) -> N
     if missing and is_offline():
         raise unreachable(ref.repo, FileNotFoundError(missing[0]))
     from huggingface_hub import hf_hub_download
+
+    from bitllm.formats.hub.download import fetch_blob
 
     for name in missing:
 
