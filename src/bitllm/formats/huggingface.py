@@ -8,15 +8,13 @@ at a time.
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,30 +34,32 @@ from bitllm.errors import (
     FormatError,
     NotTernaryError,
     QuantizationError,
-    TensorShapeError,
     UnsupportedModelError,
 )
 from bitllm.formats.architecture import ARCHITECTURES, read_model_spec
 from bitllm.formats.json_file import read_json_object
 from bitllm.formats.mlx import AffineTensors, find_affine
 from bitllm.formats.pooling import read_pooling
+from bitllm.formats.projections import Projection, ProjectionFinder, check_all_converted
 from bitllm.formats.quantization import Quantization, dense_model, read_quantization
 from bitllm.formats.refusals import refuse_known_models
 from bitllm.formats.repack import PackedWeights, quantize_masters, repack_row_strided
-from bitllm.formats.safetensors import TensorEntry
 from bitllm.formats.tensor_names import MAY_BE_UNUSED, NORMS, TensorNames
 from bitllm.formats.ternary_values import read_one_size, read_ternary_values
-from bitllm.formats.weight_files import FLOATS, WeightFile, entry_of, open_weight_files
+from bitllm.formats.weight_files import (
+    FLOATS,
+    WeightFile,
+    entry_of,
+    open_weight_files,
+    wrong_tensor,
+)
 
 __all__ = ["open_huggingface"]
 
-_MAX_REPETITIONS = 3  # in a regular expression of the configuration
 _ZERO_WEIGHTS = np.uint8(0b01010101)
 _LARGEST_USUAL_SCALE = 8  # of a ternary weight; 2B-4T has 1 to 2, others less
 _MATRICES = ("embed", "head")
 _ONE = np.asarray(np.float32(1))
-
-_Storage = Literal["packed", "masters", "values", "affine"]
 
 
 def open_huggingface(directory: Path) -> Checkpoint:
@@ -89,16 +89,6 @@ def open_huggingface(directory: Path) -> Checkpoint:
     return Checkpoint(spec, source, str(directory))
 
 
-@dataclass(frozen=True, slots=True)
-class _Projection:
-    """Where a ternary matrix is stored: `module` is the prefix of its tensors' names."""
-
-    module: str
-    storage: _Storage
-    has_scale: bool = False
-    affine: AffineTensors | None = None
-
-
 class _HuggingFaceSource(MappedSource):
     """A source over mapped weight files."""
 
@@ -120,9 +110,11 @@ class _HuggingFaceSource(MappedSource):
         self._dequantized: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self._warned = False
         self._check_dense(spec)
-        self._check_skipped(spec)
+        modules = {name: self._names.module(name) for name in self._linears}
+        check_all_converted(directory, modules.values(), spec.tied_head, quantization.skipped)
+        finder = ProjectionFinder(directory, files, quantization)
         self._projections = {
-            name: self._find_projection(name, linear) for name, linear in self._linears.items()
+            name: finder.find(modules[name], linear) for name, linear in self._linears.items()
         }
         self._check_unused(spec)
 
@@ -270,81 +262,10 @@ class _HuggingFaceSource(MappedSource):
         for name, shape in spec.dense_shapes().items():
             if name in self._affine:
                 continue
-            entry = self._entry(self._dense_names[name])
+            stored = self._dense_names[name]
+            entry = entry_of(self._files, stored)
             if entry.shape != shape or entry.dtype not in FLOATS:
-                raise self._wrong(self._dense_names[name], entry, f"F32, BF16 or F16 {[*shape]}")
-
-    def _wrong(self, stored: str, entry: TensorEntry, wanted: str) -> TensorShapeError:
-        return TensorShapeError(
-            f"{self._files[stored].path}: {stored!r} should be {wanted}, "
-            f"but is {entry.dtype} {[*entry.shape]}",
-            hint="config.json does not belong to these weights, or one of them is damaged",
-        )
-
-    def _check_skipped(self, spec: ModelSpec) -> None:
-        """Refuse models with dense projections, or with a quantised head."""
-        skipped = self._quantization.skipped
-        if skipped is None:
-            return
-        for pattern in skipped:
-            if _may_run_for_ever(pattern):
-                raise UnsupportedModelError(
-                    f"{self._directory}: modules_to_not_convert holds the intricate pattern "
-                    f"{pattern!r:.100}",
-                    hint="name the modules instead",
-                )
-        for name in self._linears:
-            module = self._names.module(name)
-            if _is_skipped(module, skipped):
-                raise UnsupportedModelError(
-                    f"{self._directory}: modules_to_not_convert leaves {module!r} dense; "
-                    "models with dense projections are not supported"
-                )
-        if not spec.tied_head and not _is_skipped("lm_head", skipped):
-            raise UnsupportedModelError(
-                f"{self._directory}: modules_to_not_convert does not name lm_head, so the head is "
-                "quantised; that is not supported"
-            )
-
-    def _entry(self, stored: str) -> TensorEntry:
-        return entry_of(self._files, stored)
-
-    def _find_projection(self, name: str, linear: LinearSpec) -> _Projection:
-        module = self._names.module(name)
-        stored = f"{module}.weight"
-        out, width = linear.out_features, linear.in_features
-        layout = self._quantization.affine
-        if layout is not None and f"{module}.scales" in self._files:
-            affine = find_affine(self._files, module, (out, width), layout.of(module))
-            return _Projection(module, "affine", affine=affine)
-        entry = self._entry(stored)
-        has_scale = f"{module}.weight_scale" in self._files
-        if entry.dtype == "U8" and entry.shape == (-(-out // 4), width):
-            if not self._quantization.says_convention:
-                raise UnsupportedModelError(
-                    f"{self._directory}: {stored!r} is packed, but config.json has no "
-                    "quantization_config to say whether its scale multiplies or divides",
-                    hint="take config.json from the repository that the weights came from",
-                )
-            if not has_scale:
-                self._entry(f"{module}.weight_scale")
-            self._check_scale(f"{module}.weight_scale")
-            return _Projection(module, "packed", has_scale)
-        if entry.dtype not in FLOATS or entry.shape != (out, width):
-            raise self._wrong(
-                stored,
-                entry,
-                f"U8 {[-(-out // 4), width]} (packed) or floating point {[out, width]}",
-            )
-        if has_scale:
-            self._check_scale(f"{module}.weight_scale")
-        storage = "values" if has_scale else self._quantization.weights
-        return _Projection(module, storage, has_scale)
-
-    def _check_scale(self, stored: str) -> None:
-        entry = self._entry(stored)
-        if math.prod(entry.shape) != 1 or entry.dtype not in FLOATS:
-            raise self._wrong(stored, entry, "one number in F32, BF16 or F16")
+                raise wrong_tensor(self._files, stored, f"F32, BF16 or F16 {[*shape]}")
 
     def _check_unused(self, spec: ModelSpec) -> None:
         """Refuse tensors that the architecture does not use: they would silently be ignored."""
@@ -367,7 +288,7 @@ class _HuggingFaceSource(MappedSource):
                 "fewer layers than the files hold",
             )
 
-    def _read(self, projection: _Projection, linear: LinearSpec) -> TernaryMatrix:
+    def _read(self, projection: Projection, linear: LinearSpec) -> TernaryMatrix:
         if projection.affine is not None:
             return _matrix(projection.affine.read_ternary(), linear)
         stored = f"{projection.module}.weight"
@@ -390,7 +311,7 @@ class _HuggingFaceSource(MappedSource):
         return _matrix(found, linear)
 
     def _with_stored_scale(
-        self, projection: _Projection, linear: LinearSpec, weights: PackedWeights
+        self, projection: Projection, linear: LinearSpec, weights: PackedWeights
     ) -> TernaryMatrix:
         size = np.float32(weights.scales)
         scale, stored = self._stored_scale(projection, size)
@@ -403,7 +324,7 @@ class _HuggingFaceSource(MappedSource):
         )
 
     def _stored_scale(
-        self, projection: _Projection, size: np.float32
+        self, projection: Projection, size: np.float32
     ) -> tuple[npt.NDArray[np.float32], DenseTensor]:
         """Apply the file's weight scale, which multiplies or divides, to codes of size `size`.
 
@@ -430,22 +351,3 @@ def _is_own_norm(name: str) -> bool:
     """Whether a tensor is a norm of the architecture, and not one that precedes a projection."""
     _, _, part = name.rpartition(".")
     return name == "final_norm" or part in NORMS
-
-
-def _may_run_for_ever(pattern: str) -> bool:
-    """Whether matching could take exponential time: many repetitions, or repeated groups."""
-    repetitions = re.findall(r"[*+?{]", pattern.replace("(?", "("))
-    return len(repetitions) > _MAX_REPETITIONS or re.search(r"\)[*+?{]", pattern) is not None
-
-
-def _is_skipped(module: str, skipped: tuple[str, ...]) -> bool:
-    """Whether transformers leaves a module as it is: by its path, part of it, or its last parts."""
-    for pattern in skipped:
-        if module.endswith(pattern):
-            return True
-        try:
-            if re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module):
-                return True
-        except re.error:
-            continue
-    return False

@@ -14,13 +14,14 @@ from bitllm.errors import (
     CheckpointError,
     FormatError,
     MissingTensorError,
+    TensorShapeError,
     UnsupportedModelError,
 )
 from bitllm.formats.json_file import read_json_object
 from bitllm.formats.safetensors import SafetensorsFile, TensorEntry
 from bitllm.formats.torch_file import TorchFile
 
-__all__ = ["FLOATS", "WeightFile", "entry_of", "open_weight_files"]
+__all__ = ["FLOATS", "WeightFile", "entry_of", "open_weight_files", "wrong_tensor"]
 
 FLOATS = ("F32", "BF16", "F16")
 """Dtypes of dense tensors, as safetensors calls them."""
@@ -91,6 +92,15 @@ def entry_of(files: Mapping[str, WeightFile], name: str) -> TensorEntry:
             hint="download the model again, or check that config.json belongs to these weights",
         )
     return files[name].entry(name)
+
+
+def wrong_tensor(files: Mapping[str, WeightFile], name: str, wanted: str) -> TensorShapeError:
+    """Return the error for a tensor that has another shape or dtype than the model needs."""
+    entry = files[name].entry(name)
+    return TensorShapeError(
+        f"{files[name].path}: {name!r} should be {wanted}, but is {entry.dtype} {[*entry.shape]}",
+        hint="config.json does not belong to these weights, or one of them is damaged",
+    )
 
 
 def _open_safetensors(path: Path) -> WeightFile:
