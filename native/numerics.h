@@ -1,5 +1,5 @@
 // The elementary functions of the numerics contract; the normative text is
-// src/bitllm/backends/reference/numerics.py, and every function here gives the same bits as its
+// src/bitllm/backends/numerics.py, and every function here gives the same bits as its
 // namesake there. IEEE 754 operations in the written order; compile without fused multiply-add and
 // without fast-math.
 #pragma once

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bitllm.backends.reference.numerics import philox4x32
+from bitllm.backends.numerics import philox4x32
 from bitllm.checkpoint import (
     LINEAR_NAMES,
     Checkpoint,

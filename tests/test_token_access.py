@@ -23,7 +23,7 @@ from bitllm import (
     SamplingParams,
 )
 from bitllm.backends.base import OutputKind, StepOutput
-from bitllm.backends.reference.sampling import score_row
+from bitllm.backends.sampling import score_row
 from bitllm.engine import readout
 from bitllm.engine.loading import load
 from bitllm.engine.scoring import hidden_request

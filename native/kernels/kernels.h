@@ -4,7 +4,7 @@
 // run in LANES lanes (lane j adds elements j, j + LANES, ... in order; then the upper half of the
 // lanes is added to the lower half, 16 -> 8 -> 4 -> 2 -> 1) or "in order", one after another from
 // 0; elementwise float code uses IEEE operations in the written order and no fused multiply-add.
-// src/bitllm/backends/reference/numerics.py is the normative text. No allocation, no threads, no
+// src/bitllm/backends/numerics.py is the normative text. No allocation, no threads, no
 // Python in here. Pointers need no alignment unless a comment says so.
 #pragma once
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm.backends.base import KV_BLOCK_SIZE
-from bitllm.backends.reference.numerics import exp_f32, lane_sum, ordered_sum, sincos_f64
+from bitllm.backends.numerics import exp_f32, lane_sum, ordered_sum, sincos_f64
 from bitllm.checkpoint import LayerSpec, RopeSpec
 from bitllm.config import KvDtype
 from bitllm.ternary import quantize_activations

@@ -29,10 +29,10 @@ from bitllm.backends.base import (
     StepOutput,
     check_batch,
 )
+from bitllm.backends.numerics import lane_sum
 from bitllm.backends.reference.attention import KvCache
 from bitllm.backends.reference.layer import Layer, rms_norm
-from bitllm.backends.reference.numerics import lane_sum
-from bitllm.backends.reference.sampling import draw_token, score_row
+from bitllm.backends.sampling import step_output
 from bitllm.checkpoint import Checkpoint, DenseTensor, ModelSpec
 from bitllm.errors import ConfigError, InsufficientMemoryError
 
@@ -104,28 +104,7 @@ class ReferenceDecoder:
             for request, kind in enumerate(batch.output_kinds)
             if kind != OutputKind.HIDDEN
         }
-        kinds = range(OutputKind.COUNT)
-        wanted = [np.flatnonzero(batch.output_kinds == kind).tolist() for kind in kinds]
-        samples, scores = wanted[OutputKind.SAMPLE], wanted[OutputKind.SCORE]
-        sampled = [draw_token(batch.plan, n, logits[row]) for n, row in enumerate(samples)]
-        rows = samples + scores
-        top_n = np.concatenate([batch.plan.top_logprobs, batch.score_top_n])
-        width = max(top_n.max(initial=0), 0)
-        output = StepOutput(
-            hidden=hidden[wanted[OutputKind.HIDDEN]],
-            logits=self._stack([logits[row] for row in wanted[OutputKind.LOGITS]]),
-            sampled=np.array(sampled, np.int32),
-            logprobs=np.full(len(rows), np.nan, np.float32),
-            top_ids=np.full((len(rows), width), -1, np.int32),
-            top_logprobs=np.full((len(rows), width), np.nan, np.float32),
-        )
-        targets = [*sampled, *batch.score_targets]
-        for n in np.flatnonzero(top_n >= 0):
-            score, ids, logprobs = score_row(logits[rows[n]], int(targets[n]), int(top_n[n]))
-            output.logprobs[n] = score
-            output.top_ids[n, : len(ids)] = ids
-            output.top_logprobs[n, : len(ids)] = logprobs
-        return output
+        return step_output(batch, self.spec.vocab_size, hidden, logits)
 
     def _logits(self, hidden: F32) -> F32:
         parts = [
@@ -133,9 +112,6 @@ class ReferenceDecoder:
             for start in range(0, self.spec.vocab_size, _HEAD_ROWS)
         ]
         return np.concatenate(parts)
-
-    def _stack(self, rows: list[F32]) -> F32:
-        return np.stack(rows) if rows else np.zeros((0, self.spec.vocab_size), np.float32)
 
     def copy_blocks(self, pairs: I32) -> None:
         """Copy KV blocks, int32 [n, 2] of (source, destination), in order."""

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm.backends.base import KV_BLOCK_SIZE, Batch
+from bitllm.backends.numerics import exp_f32, lane_sum
 from bitllm.backends.reference.attention import KvCache, attend, rotate
-from bitllm.backends.reference.numerics import exp_f32, lane_sum
 from bitllm.checkpoint import LINEAR_NAMES, Activation, Checkpoint, LinearSpec
 from bitllm.errors import QuantizationError
 from bitllm.ternary import matmul_int32, quantize_activations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitllm.backends.reference.numerics import (
+from bitllm.backends.numerics import (
     exp_f32,
     gumbel_noise,
     lane_sum,

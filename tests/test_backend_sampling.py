@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batches import Draw, make_plan
-from bitllm.backends.reference.sampling import adjust_logits, draw_token, kept_ids, score_row
+from bitllm.backends.sampling import adjust_logits, draw_token, kept_ids, score_row
 
 VOCAB = 40
 DRAWS = 1000

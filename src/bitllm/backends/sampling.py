@@ -1,4 +1,4 @@
-"""From a row of logits to a token, and to log-probabilities: the order of `SamplePlan`, spelt out.
+"""From rows of logits to tokens and log-probabilities: the order of `SamplePlan`, spelt out.
 
 Nothing is remembered between calls: the uniforms are a function of (seed, choice, position, token
 id), so that what is drawn does not depend on the batch, the backend, or what was drawn before.
@@ -6,18 +6,64 @@ id), so that what is drawn does not depend on the batch, the backend, or what wa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
-from bitllm.backends.base import SamplePlan
-from bitllm.backends.reference.numerics import exp_f32, gumbel_noise, lane_sum, log_f64
+from bitllm.backends.base import Batch, OutputKind, SamplePlan, StepOutput
+from bitllm.backends.numerics import exp_f32, gumbel_noise, lane_sum, log_f64
 
-__all__ = ["adjust_logits", "draw_token", "kept_ids", "score_row"]
+__all__ = ["adjust_logits", "draw_token", "kept_ids", "score_row", "step_output"]
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 _NEVER = np.float32(-np.inf)
+
+
+def step_output(
+    batch: Batch,
+    vocab_size: int,
+    hidden: F32,
+    logits: Mapping[int, F32],
+    drawn: Mapping[int, int] | None = None,
+) -> StepOutput:
+    """Return what the rows of a batch asked for.
+
+    Args:
+        batch: the step.
+        vocab_size: columns of logits.
+        hidden: hidden states of all requests after the final norm, float32 [outputs, hidden].
+        logits: float32 [vocab] of each request that needs them, by its number.
+        drawn: tokens of SAMPLE requests that are known already, by the request's number; such a
+            request needs no logits, unless it asks for log-probabilities too.
+    """
+    wanted = [np.flatnonzero(batch.output_kinds == kind) for kind in range(OutputKind.COUNT)]
+    samples, scores = wanted[OutputKind.SAMPLE].tolist(), wanted[OutputKind.SCORE].tolist()
+    known = drawn or {}
+    sampled = [
+        known[row] if row in known else draw_token(batch.plan, entry, logits[row])
+        for entry, row in enumerate(samples)
+    ]
+    rows, targets = samples + scores, [*sampled, *batch.score_targets]
+    top_n = np.concatenate([batch.plan.top_logprobs, batch.score_top_n])
+    width = max(top_n.max(initial=0), 0)
+    full = [logits[row] for row in wanted[OutputKind.LOGITS].tolist()]
+    output = StepOutput(
+        hidden=hidden[wanted[OutputKind.HIDDEN]],
+        logits=np.stack(full) if full else np.zeros((0, vocab_size), np.float32),
+        sampled=np.array(sampled, np.int32),
+        logprobs=np.full(len(rows), np.nan, np.float32),
+        top_ids=np.full((len(rows), width), -1, np.int32),
+        top_logprobs=np.full((len(rows), width), np.nan, np.float32),
+    )
+    for n in np.flatnonzero(top_n >= 0):
+        score, ids, logprobs = score_row(logits[rows[n]], int(targets[n]), int(top_n[n]))
+        output.logprobs[n] = score
+        output.top_ids[n, : len(ids)] = ids
+        output.top_logprobs[n, : len(ids)] = logprobs
+    return output
 
 
 def draw_token(plan: SamplePlan, entry: int, logits: F32) -> int:
