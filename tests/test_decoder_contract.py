@@ -23,7 +23,7 @@ from synthetic import MemorySource, random_checkpoint, tiny_spec
 Load = Callable[..., Decoder]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "mlx"])
 def load(request: pytest.FixtureRequest) -> Load:
     """Load a checkpoint with the options given by name."""
 

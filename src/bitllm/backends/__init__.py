@@ -24,9 +24,11 @@ DEVICE_VARIABLE = "BITLLM_DEVICE"
 
 _BACKENDS = {
     "cpu": ("bitllm.backends.cpu", "CpuBackend"),
+    "mlx": ("bitllm.backends.mlx", "MlxBackend"),
     "reference": ("bitllm.backends.reference", "ReferenceBackend"),
 }
-_PLANNED = ("cuda", "mlx")
+_INSTALL = {"mlx": "pip install 'bitllm[mlx]'"}
+_PLANNED = ("cuda",)
 
 DEVICES = ("auto", *_BACKENDS)
 """Names that `get_backend` takes."""
