@@ -42,11 +42,14 @@ def test_an_environment_that_says_nothing_is_auto(monkeypatch, value):
     assert choose_device().name == "cpu"
 
 
-@pytest.mark.parametrize("device", ["cuda", "mlx"])
-def test_devices_to_come_are_recognised_and_refused(device):
-    with pytest.raises(BackendUnavailableError, match=f"no {device} backend") as caught:
+@pytest.mark.parametrize(("device", "library"), [("cuda", "torch"), ("mlx", "mlx.core")])
+def test_a_device_whose_library_is_missing_names_the_install_line(monkeypatch, device, library):
+    for name in [name for name in sys.modules if name.startswith(f"bitllm.backends.{device}")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(BackendUnavailableError, match=f"the {device} backend") as caught:
         get_backend(device)
-    assert "cpu" in caught.value.hint
+    assert f"pip install 'bitllm[{device}]'" in caught.value.hint
 
 
 def test_an_unknown_name_is_refused_with_the_choice_there_is():
@@ -65,7 +68,7 @@ def test_a_backend_that_cannot_be_imported_names_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitllm.backends.cpu", None)
     with pytest.raises(BackendUnavailableError, match="cpu backend") as caught:
         get_backend()
-    assert "pip install bitllm" in caught.value.hint
+    assert "pip install 'bitllm'" in caught.value.hint
 
 
 @pytest.mark.parametrize("device", ["cpu", "reference"])

@@ -1,6 +1,8 @@
 """Devices behind one seam: which backend runs, and why; the seam itself is `bitllm.backends.base`.
 
     cpu         the native decoder
+    cuda        NVIDIA GPUs, through PyTorch and Triton
+    mlx         Apple GPUs, through MLX
     reference   the same computation in NumPy: slow, for comparison
 
 The choice is made once, by argument, by the environment variable BITLLM_DEVICE, or by "auto"; a
@@ -24,11 +26,11 @@ DEVICE_VARIABLE = "BITLLM_DEVICE"
 
 _BACKENDS = {
     "cpu": ("bitllm.backends.cpu", "CpuBackend"),
+    "cuda": ("bitllm.backends.cuda", "CudaBackend"),
     "mlx": ("bitllm.backends.mlx", "MlxBackend"),
     "reference": ("bitllm.backends.reference", "ReferenceBackend"),
 }
-_INSTALL = {"mlx": "pip install 'bitllm[mlx]'"}
-_PLANNED = ("cuda",)
+_EXTRAS = {"cuda": "bitllm[cuda]", "mlx": "bitllm[mlx]"}
 
 DEVICES = ("auto", *_BACKENDS)
 """Names that `get_backend` takes."""
@@ -50,7 +52,6 @@ def choose_device(device: str | None = "auto") -> DeviceChoice:
             CPU, the fastest backend there is so far.
 
     Raises:
-        BackendUnavailableError: a device that bitllm knows of, but does not run on yet.
         ConfigError: an unknown name; says whether it came from the environment.
     """
     asked, origin = device or "auto", "asked for"
@@ -58,11 +59,6 @@ def choose_device(device: str | None = "auto") -> DeviceChoice:
         asked, origin = os.environ.get(DEVICE_VARIABLE) or "auto", f"set by {DEVICE_VARIABLE}"
     if asked == "auto":
         return DeviceChoice("cpu", "chosen by auto: the native decoder")
-    if asked in _PLANNED:
-        raise BackendUnavailableError(
-            f"this version of bitllm has no {asked} backend ({asked!r} was {origin})",
-            hint="use --device cpu, or leave the device out",
-        )
     if asked not in _BACKENDS:
         raise ConfigError(
             f"unknown device {asked!r}, {origin}", hint=f"choose one of {', '.join(DEVICES)}"
@@ -82,8 +78,10 @@ def get_backend(device: str | None = "auto") -> Backend:
     try:
         backend = getattr(importlib.import_module(module), name)
     except ImportError as error:
+        package = _EXTRAS.get(choice.name, "bitllm")
         raise BackendUnavailableError(
             f"the {choice.name} backend ({choice.reason}) cannot be imported: {error}",
-            hint="install it with `pip install bitllm`, from a source tree with `pip install -e .`",
+            hint=f"install it with `pip install '{package}'`, "
+            f"from a source tree with `pip install -e '{package.replace('bitllm', '.')}'`",
         ) from error
     return cast(Backend, backend())

@@ -1,0 +1,193 @@
+"""A model loaded in PyTorch: batches of the seam in, answers of the seam out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bitllm.backends.base import (
+    KV_BLOCK_SIZE,
+    Batch,
+    DecoderInfo,
+    LoadOptions,
+    OutputKind,
+    StepOutput,
+    check_batch,
+)
+from bitllm.backends.cuda.attention import Angles, KvCache, lay_out
+from bitllm.backends.cuda.layer import Layer
+from bitllm.backends.cuda.linear import rms_norm
+from bitllm.backends.cuda.tensors import to_torch, vector
+from bitllm.backends.sampling import step_output
+from bitllm.checkpoint import Checkpoint, ModelSpec
+from bitllm.errors import ConfigError, QuantizationError
+
+__all__ = ["CudaDecoder"]
+
+I32 = npt.NDArray[np.int32]
+
+_HEAD_ROWS = 16384  # rows of the head widened to float32 at a time, to bound their memory
+
+
+class CudaDecoder:
+    """A model in PyTorch; see `bitllm.backends.base.Decoder`.
+
+    Args:
+        checkpoint: the model.
+        options: how to load it.
+        device: of its tensors.
+    """
+
+    spec: ModelSpec
+    info: DecoderInfo
+
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions, device: torch.device) -> None:
+        self.spec = spec = checkpoint.spec
+        self._device = device
+        self._max_batch_tokens = options.max_batch_tokens
+        self._embed = to_torch(checkpoint.dense("embed"), device)
+        self._head = self._embed
+        if not spec.tied_head:
+            self._head = to_torch(checkpoint.dense("head"), device)
+        self._final_norm = vector(checkpoint, "final_norm", device)
+        self._layers = [Layer(checkpoint, index, device) for index in range(len(spec.layers))]
+        self._blocks = -(-(options.kv_tokens or spec.max_context) // KV_BLOCK_SIZE)
+        self._caches = [
+            KvCache(self._blocks, layer, options.kv_dtype, device) for layer in spec.layers
+        ]
+        self._ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
+        self._windows = {layer.sliding_window for layer in spec.layers}
+        dense = self._embed.nbytes + (0 if spec.tied_head else self._head.nbytes)
+        self.info = DecoderInfo(
+            backend="cuda",
+            kernel="torch",
+            threads=1,
+            weight_bytes=dense + sum(layer.nbytes for layer in self._layers),
+            kv_bytes=sum(tensor.nbytes for tensor in self._storage()),
+            scratch_bytes=0,
+            packing="2bit",
+            head="full",
+        )
+
+    @property
+    def kv_capacity(self) -> int:
+        """Number of KV blocks."""
+        return self._blocks
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Compute one step; see `bitllm.backends.base.Decoder.forward`.
+
+        Raises:
+            ConfigError: the batch contradicts itself or the model.
+            QuantizationError: activations have become NaN or infinite.
+        """
+        check_batch(batch, self.spec, self._blocks, self._max_batch_tokens)
+        with torch.inference_mode():
+            h = self._hidden(batch)
+            finite = torch.isfinite(h).all()
+            output = self._answer(batch, self._normed(h, batch))
+        if not bool(finite):
+            raise QuantizationError(
+                "activations hold NaN or infinity: only finite numbers can be rounded to int8",
+                hint="the weights are damaged, or scales are read the wrong way round",
+            )
+        return output
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """Return the hidden states after the last layer, float32 [tokens, hidden]."""
+        layout = lay_out(batch, self._windows, self._device)
+        angles = {rope: Angles.of(batch.positions, rope, self._device) for rope in self._ropes}
+        ids = torch.from_numpy(batch.token_ids).to(self._device)
+        h = self._embed[ids].to(torch.float32) * self.spec.embedding_scale
+        for layer, cache in zip(self._layers, self._caches, strict=True):
+            h = layer(h, layout, angles[layer.spec.rope], cache)
+        return h
+
+    def _normed(self, h: torch.Tensor, batch: Batch) -> torch.Tensor:
+        rows = torch.from_numpy(batch.output_rows).to(self._device)
+        return rms_norm(h[rows], self._final_norm, self.spec.norm_eps)
+
+    def _answer(self, batch: Batch, hidden: torch.Tensor) -> StepOutput:
+        vocab, host = self.spec.vocab_size, hidden.cpu().numpy()
+        with_logits = np.flatnonzero(batch.output_kinds != OutputKind.HIDDEN)
+        if len(with_logits) == 0:
+            return step_output(batch, vocab, host, {})
+        logits = self._logits(hidden[torch.from_numpy(with_logits).to(self._device)])
+        if _is_greedy(batch):
+            drawn = dict(zip(with_logits.tolist(), _best(logits), strict=True))
+            return step_output(batch, vocab, host, {}, drawn)
+        rows = dict(zip(with_logits.tolist(), logits.cpu().numpy(), strict=True))
+        return step_output(batch, vocab, host, rows)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of hidden states, float32 [n, vocab]."""
+        parts = [
+            hidden @ self._head[start : start + _HEAD_ROWS].to(torch.float32).T
+            for start in range(0, self.spec.vocab_size, _HEAD_ROWS)
+        ]
+        return torch.cat(parts, dim=-1)
+
+    def copy_blocks(self, pairs: I32) -> None:
+        """Copy KV blocks, int32 [n, 2] of (source, destination), in order."""
+        self._check_blocks(pairs)
+        for source, destination in pairs.tolist():
+            for tensor in self._storage():
+                tensor[destination] = tensor[source]
+
+    def read_blocks(self, blocks: I32) -> npt.NDArray[np.uint8]:
+        """Return the stored bytes of some KV blocks, uint8 [n, bytes per block]."""
+        self._check_blocks(blocks)
+        wanted = torch.from_numpy(blocks).to(self._device)
+        parts = [tensor[wanted].flatten(1).view(torch.uint8) for tensor in self._storage()]
+        return np.asarray(torch.cat(parts, dim=1).cpu().numpy())
+
+    def write_blocks(self, blocks: I32, data: npt.NDArray[np.uint8]) -> None:
+        """Store bytes that `read_blocks` returned into these KV blocks."""
+        self._check_blocks(blocks)
+        block_bytes = sum(tensor[0].nbytes for tensor in self._storage())
+        if data.dtype != np.uint8 or data.shape != (len(blocks), block_bytes):
+            raise ConfigError(
+                f"{len(blocks)} KV blocks need uint8 [{len(blocks)}, {block_bytes}], "
+                f"got {data.dtype} {data.shape}"
+            )
+        wanted, start = torch.from_numpy(blocks).to(self._device), 0
+        for tensor in self._storage():
+            end = start + tensor[0].nbytes
+            columns = torch.from_numpy(np.array(data[:, start:end])).view(tensor.dtype)
+            tensor[wanted] = columns.view(len(blocks), *tensor.shape[1:]).to(self._device)
+            start = end
+
+    def close(self) -> None:
+        """Free weights and KV storage; the decoder cannot be used afterwards."""
+        self._layers, self._caches, self._blocks = [], [], 0
+        self._embed = self._head = torch.zeros(0)
+
+    def _storage(self) -> list[torch.Tensor]:
+        return [tensor for cache in self._caches for tensor in cache.tensors]
+
+    def _check_blocks(self, blocks: I32) -> None:
+        if blocks.size and (blocks.min() < 0 or blocks.max() >= self._blocks):
+            raise ConfigError(
+                f"KV blocks are 0 .. {self._blocks - 1}, got {blocks.min()} .. {blocks.max()}"
+            )
+
+
+def _best(logits: torch.Tensor) -> list[int]:
+    """Return the argmax of each row, the lowest id winning a tie; -1 where NaN is among them."""
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    highest = logits.amax(-1, keepdim=True)
+    best = torch.where(logits == highest, ids, len(ids)).amin(-1)
+    return torch.where(best == len(ids), -1, best).tolist()
+
+
+def _is_greedy(batch: Batch) -> bool:
+    """Whether all that is wanted with logits is the plain argmax of them."""
+    plan: Any = batch.plan
+    kinds = batch.output_kinds
+    if (kinds == OutputKind.LOGITS).any() or (kinds == OutputKind.SCORE).any():
+        return False
+    plain = (plan.temperature == 0) & (plan.top_logprobs < 0) & (plan.mask_rows < 0)
+    return bool(plain.all()) and not len(plan.seen_ids) and not len(plan.bias_ids)
