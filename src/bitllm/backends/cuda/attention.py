@@ -70,7 +70,7 @@ class KvCache:
             stored = self.tensors[index]
             if stored.dtype == torch.int8:
                 new, a = quantize_activations(new)
-                self.tensors[2 + index][blocks, places] = 1.0 / a
+                self.tensors[2 + index][blocks, places] = a.reciprocal()
             stored[blocks, places] = new.to(stored.dtype)
 
     def read(self, tables: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

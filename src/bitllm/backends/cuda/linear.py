@@ -27,7 +27,8 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         The codes, whole numbers in float32 [tokens, in] (NaN where x is no number), and a, float32
         [tokens, 1].
     """
-    a = 127.0 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    absmax = x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    a = torch.full_like(absmax, 127.0) / absmax  # a number / x is 127 * (1 / x), rounded twice
     return (x * a).round().clamp(-128.0, 127.0), a
 
 
