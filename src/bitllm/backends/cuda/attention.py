@@ -124,12 +124,19 @@ class StepLayout:
 
     Attributes:
         blocks, places: int64 [tokens], the place of each in the KV cache.
-        groups: the runs, those of one length together.
+        slots: int64 [tokens], blocks * KV_BLOCK_SIZE + places.
+        runs, positions: int32 [tokens].
+        tables: int32 [runs, blocks].
+        groups: the runs, those of one length together; only where there are no kernels.
         masks: of each group by the window of a layer.
     """
 
     blocks: torch.Tensor
     places: torch.Tensor
+    slots: torch.Tensor
+    runs: torch.Tensor
+    positions: torch.Tensor
+    tables: torch.Tensor
     groups: list[_RunGroup]
     masks: dict[int | None, list[torch.Tensor]]
 
@@ -139,22 +146,33 @@ def lay_out(batch: Batch, windows: set[int | None], device: torch.device) -> Ste
 
     Args:
         batch: the step.
-        windows: of the model's layers.
+        windows: of the layers that are computed without kernels.
         device: of the decoder.
     """
-    offsets, lengths = batch.run_offsets, np.diff(batch.run_offsets)
-    run_of = np.repeat(np.arange(len(lengths)), lengths)
-    groups = []
-    for length in np.unique(lengths).tolist():
-        runs = np.flatnonzero(lengths == length)
-        groups.append(_group(batch, runs, offsets[runs][:, None] + np.arange(length), device))
-    blocks = batch.block_tables[run_of, batch.positions // KV_BLOCK_SIZE]
+    lengths = np.diff(batch.run_offsets)
+    run_of = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    blocks = batch.block_tables[run_of, batch.positions // KV_BLOCK_SIZE].astype(np.int64)
+    places = batch.positions.astype(np.int64) % KV_BLOCK_SIZE
+    groups = _groups(batch, lengths, device) if windows else []
     return StepLayout(
-        blocks=_index(blocks, device),
-        places=_index(batch.positions % KV_BLOCK_SIZE, device),
+        blocks=torch.from_numpy(blocks).to(device),
+        places=torch.from_numpy(places).to(device),
+        slots=torch.from_numpy(blocks * KV_BLOCK_SIZE + places).to(device),
+        runs=torch.from_numpy(run_of).to(device),
+        positions=torch.from_numpy(batch.positions).to(device),
+        tables=torch.from_numpy(batch.block_tables).to(device),
         groups=groups,
         masks={window: [group.mask(window) for group in groups] for window in windows},
     )
+
+
+def _groups(batch: Batch, lengths: I32, device: torch.device) -> list[_RunGroup]:
+    groups = []
+    for length in np.unique(lengths).tolist():
+        runs = np.flatnonzero(lengths == length)
+        rows = batch.run_offsets[runs][:, None] + np.arange(length)
+        groups.append(_group(batch, runs, rows, device))
+    return groups
 
 
 def _group(

@@ -24,14 +24,16 @@ class CudaBackend:
     """Loads checkpoints into `CudaDecoder`.
 
     Args:
-        device: where to load to; None = the first GPU. On the CPU the same computation runs without
-            the kernels, for comparison.
+        device: where to load to; None = the current GPU.
+        kernels: compute with the Triton kernels; without, the same computation in plain PyTorch
+            runs on the CPU too. With both, the kernels need Triton's interpreter.
     """
 
     name = "cuda"
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, *, kernels: bool = True) -> None:
         self._device = device
+        self._kernels = kernels
 
     def load(self, checkpoint: Checkpoint, options: LoadOptions) -> CudaDecoder:
         """Load `checkpoint` into the memory of the GPU; `options.threads` has no meaning here.
@@ -51,7 +53,8 @@ class CudaBackend:
                     hint='use device="reference"',
                 )
         try:
-            return CudaDecoder(checkpoint, options, self._device or _find_gpu())
+            device = self._device or _find_gpu()
+            return CudaDecoder(checkpoint, options, device, kernels=self._kernels)
         except torch.OutOfMemoryError as error:
             raise InsufficientMemoryError(
                 f"{checkpoint.origin} does not fit into the memory of the GPU: {error}",

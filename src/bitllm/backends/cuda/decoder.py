@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from bitllm.backends.sampling import step_output
 from bitllm.checkpoint import Checkpoint, ModelSpec
 from bitllm.errors import ConfigError, QuantizationError
 
+if TYPE_CHECKING:
+    from bitllm.backends.cuda.fused_layer import FusedLayer
+
 __all__ = ["CudaDecoder"]
 
 I32 = npt.NDArray[np.int32]
@@ -39,12 +42,15 @@ class CudaDecoder:
         checkpoint: the model.
         options: how to load it.
         device: of its tensors.
+        kernels: compute with the Triton kernels, where they run a layer.
     """
 
     spec: ModelSpec
     info: DecoderInfo
 
-    def __init__(self, checkpoint: Checkpoint, options: LoadOptions, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, options: LoadOptions, device: torch.device, *, kernels: bool
+    ) -> None:
         self.spec = spec = checkpoint.spec
         self._device = device
         self._max_batch_tokens = options.max_batch_tokens
@@ -53,17 +59,21 @@ class CudaDecoder:
         if not spec.tied_head:
             self._head = to_torch(checkpoint.dense("head"), device)
         self._final_norm = vector(checkpoint, "final_norm", device)
-        self._layers = [Layer(checkpoint, index, device) for index in range(len(spec.layers))]
+        self._layers = [
+            _load_layer(checkpoint, index, device, kernels) for index in range(len(spec.layers))
+        ]
+        self._kernels = kernels
         self._blocks = -(-(options.kv_tokens or spec.max_context) // KV_BLOCK_SIZE)
         self._caches = [
             KvCache(self._blocks, layer, options.kv_dtype, device) for layer in spec.layers
         ]
         self._ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
-        self._windows = {layer.sliding_window for layer in spec.layers}
+        plain = [layer for layer in self._layers if isinstance(layer, Layer)]
+        self._windows = {layer.spec.sliding_window for layer in plain}
         dense = self._embed.nbytes + (0 if spec.tied_head else self._head.nbytes)
         self.info = DecoderInfo(
             backend="cuda",
-            kernel="torch",
+            kernel="triton" if kernels else "torch",
             threads=1,
             weight_bytes=dense + sum(layer.nbytes for layer in self._layers),
             kv_bytes=sum(tensor.nbytes for tensor in self._storage()),
@@ -124,6 +134,10 @@ class CudaDecoder:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of hidden states, float32 [n, vocab]."""
+        if self._kernels:
+            from bitllm.backends.cuda.kernels.head import logits_of
+
+            return logits_of(hidden, self._head)
         parts = [
             hidden @ self._head[start : start + _HEAD_ROWS].to(torch.float32).T
             for start in range(0, self.spec.vocab_size, _HEAD_ROWS)
@@ -173,6 +187,17 @@ class CudaDecoder:
             raise ConfigError(
                 f"KV blocks are 0 .. {self._blocks - 1}, got {blocks.min()} .. {blocks.max()}"
             )
+
+
+def _load_layer(
+    checkpoint: Checkpoint, index: int, device: torch.device, kernels: bool
+) -> Layer | FusedLayer:
+    if kernels:
+        from bitllm.backends.cuda.fused_layer import FusedLayer, can_fuse
+
+        if can_fuse(checkpoint, index):
+            return FusedLayer(checkpoint, index, device)
+    return Layer(checkpoint, index, device)
 
 
 def _best(logits: torch.Tensor) -> list[int]:

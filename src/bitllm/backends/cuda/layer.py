@@ -11,7 +11,7 @@ from bitllm.backends.cuda.linear import Linear, rms_norm
 from bitllm.backends.cuda.tensors import vector
 from bitllm.checkpoint import LINEAR_NAMES, Activation, Checkpoint
 
-__all__ = ["Layer", "gated"]
+__all__ = ["Layer", "gated", "layer_gains"]
 
 
 def gated(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -22,6 +22,24 @@ def gated(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch
         return gate * torch.sigmoid(gate) * up
     u = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate.pow(3))
     return 0.5 * gate * (1.0 + torch.tanh(u)) * up
+
+
+def layer_gains(
+    checkpoint: Checkpoint, index: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the gains of the norms that a layer has, by their names."""
+    spec, prefix = checkpoint.spec.layers[index], f"layers.{index}."
+    present = {
+        "attn_norm": spec.attn_norm,
+        "ffn_norm": spec.ffn_norm,
+        "attn_sub_norm": spec.attn_sub_norm,
+        "ffn_sub_norm": spec.ffn_sub_norm,
+        "q_norm": spec.qk_norm,
+        "k_norm": spec.qk_norm,
+        "post_attn_norm": spec.post_norms,
+        "post_ffn_norm": spec.post_norms,
+    }
+    return {name: vector(checkpoint, prefix + name, device) for name in present if present[name]}
 
 
 class Layer:
@@ -39,19 +57,7 @@ class Layer:
         for name in LINEAR_NAMES:
             self.linear[name] = Linear(checkpoint, prefix + name, spec.linear(name), device)
             checkpoint.release()
-        present = {
-            "attn_norm": spec.attn_norm,
-            "ffn_norm": spec.ffn_norm,
-            "attn_sub_norm": spec.attn_sub_norm,
-            "ffn_sub_norm": spec.ffn_sub_norm,
-            "q_norm": spec.qk_norm,
-            "k_norm": spec.qk_norm,
-            "post_attn_norm": spec.post_norms,
-            "post_ffn_norm": spec.post_norms,
-        }
-        self._gains = {
-            name: vector(checkpoint, prefix + name, device) for name in present if present[name]
-        }
+        self._gains = layer_gains(checkpoint, index, device)
         self.nbytes = sum(linear.nbytes for linear in self.linear.values())
 
     def __call__(

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from bitllm.backends.cuda.tensors import vector
 from bitllm.checkpoint import Checkpoint, LinearSpec, TernaryMatrix
 from bitllm.errors import QuantizationError
 
-__all__ = ["Linear", "PackedMatrix", "quantize_activations", "rms_norm"]
+__all__ = [
+    "Linear",
+    "PackedMatrix",
+    "check_codes",
+    "check_scales",
+    "quantize_activations",
+    "rms_norm",
+]
 
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
@@ -32,6 +40,32 @@ def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x * a).round().clamp(-128.0, 127.0), a
 
 
+def check_codes(packed: npt.NDArray[np.uint8], name: str) -> None:
+    """Refuse packed bytes that hold the code 3.
+
+    Raises:
+        QuantizationError: they do; names the matrix.
+    """
+    if (packed & (packed >> 1) & 0b01010101).any():
+        raise QuantizationError(
+            f"{name} holds the code 3, which stands for no ternary weight",
+            hint="the file is damaged or of another format than it says",
+        )
+
+
+def check_scales(scales: npt.NDArray[np.float32], name: str) -> None:
+    """Refuse scales that are no numbers.
+
+    Raises:
+        QuantizationError: one is NaN or infinite; names the matrix.
+    """
+    if not np.isfinite(scales).all():
+        raise QuantizationError(
+            f"a scale of {name} is NaN or infinite",
+            hint="the file is damaged; download it again",
+        )
+
+
 class PackedMatrix:
     """A ternary matrix in the canonical packing on a device.
 
@@ -46,13 +80,8 @@ class PackedMatrix:
 
     def __init__(self, matrix: TernaryMatrix, name: str, device: torch.device) -> None:
         self._columns = matrix.in_features
-        packed = np.array(matrix.packed)
-        if (packed & (packed >> 1) & 0b01010101).any():
-            raise QuantizationError(
-                f"{name} holds the code 3, which stands for no ternary weight",
-                hint="the file is damaged or of another format than it says",
-            )
-        self._packed = torch.from_numpy(packed).to(device)
+        check_codes(matrix.packed, name)
+        self._packed = torch.from_numpy(np.array(matrix.packed)).to(device)
         self._shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=device)
         self.nbytes = self._packed.nbytes
 
@@ -81,11 +110,7 @@ class Linear:
     ) -> None:
         self._spec = spec
         matrix = checkpoint.ternary(name)
-        if not np.isfinite(matrix.scales).all():
-            raise QuantizationError(
-                f"{checkpoint.origin}: a scale of {name} is NaN or infinite",
-                hint="the file is damaged; download it again",
-            )
+        check_scales(matrix.scales, f"{checkpoint.origin}: {name}")
         self.matrix = PackedMatrix(matrix, f"{checkpoint.origin}: {name}", device)
         self._scales = torch.from_numpy(np.array(matrix.scales)).to(device)
         self._group = matrix.group_size
