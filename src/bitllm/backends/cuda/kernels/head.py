@@ -46,6 +46,13 @@ def _logits(
     tl.store(logits + rows[:, None] * vocab + ids[None, :], sums, mask=row_mask & id_mask)
 
 
+def _tile(tokens: int) -> tuple[dict[str, int], int]:
+    """Return the sizes of a tile, and the warps that compute it."""
+    if tokens <= 16:
+        return {"ROWS": 16, "IDS": 64, "COLUMNS": 64}, 4
+    return {"ROWS": 64, "IDS": 64, "COLUMNS": 64}, 8
+
+
 def logits_of(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """Return the logits of hidden states, float32 [tokens, vocab].
 
@@ -55,9 +62,8 @@ def logits_of(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """
     (tokens, columns), vocab = hidden.shape, len(head)
     logits = torch.empty((tokens, vocab), device=hidden.device)
-    rows = 16 if tokens <= 16 else 64
-    ids = 64 if tokens <= 16 else 128
-    _logits[(triton.cdiv(vocab, ids), triton.cdiv(tokens, rows))](
+    tile, warps = _tile(tokens)
+    _logits[(triton.cdiv(vocab, tile["IDS"]), triton.cdiv(tokens, tile["ROWS"]))](
         hidden,
         head,
         logits,
@@ -65,9 +71,7 @@ def logits_of(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         vocab,
         columns,
         FLOAT32=INTERPRETED or head.dtype != torch.bfloat16,
-        ROWS=rows,
-        IDS=ids,
-        COLUMNS=64,
-        num_warps=4 if tokens <= 16 else 8,
+        **tile,
+        num_warps=warps,
     )
     return logits

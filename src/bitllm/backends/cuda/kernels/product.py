@@ -44,18 +44,34 @@ def pack_rows(packed: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.uin
 
 
 @triton.jit
-def _accumulate(x_codes, weights, rows, row_mask, columns, column_mask, padded):
+def _accumulate(
+    x_codes,
+    weights,
+    first_row,
+    first_column,
+    tokens,
+    out,
+    padded,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Return the int32 sums of codes times (code + 1) for a tile."""
     SLICE: tl.constexpr = 64
-    b = tl.arange(0, SLICE)
-    sums = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.int32)
-    x_tile = x_codes + rows[:, None] * padded + b[None, :]
-    w_tile = weights + columns[None, :] * (padded // 4) + b[:, None]
-    for start in range(0, padded, 4 * SLICE):
-        packed = tl.load(w_tile + start // 4, mask=column_mask[None, :], other=0)
+    rows, columns, b = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, SLICE)
+    row_mask, column_mask = first_row + rows < tokens, first_column + columns < out
+    # Numbers of 64 bits only for where the tile begins: offsets within it take fewer registers.
+    x_tile = x_codes + first_row.to(tl.int64) * padded
+    w_tile = weights + first_column.to(tl.int64) * (padded // 4)
+    x_offsets = rows[:, None] * padded + b[None, :]
+    w_offsets = columns[None, :] * (padded // 4) + b[:, None]
+    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
+    for _ in range(0, padded, 4 * SLICE):
+        packed = tl.load(w_tile + w_offsets, mask=column_mask[None, :], other=0)
         for j in tl.static_range(4):
-            x = tl.load(x_tile + start + j * SLICE, mask=row_mask[:, None], other=0)
+            x = tl.load(x_tile + j * SLICE + x_offsets, mask=row_mask[:, None], other=0)
             sums = tl.dot(x, ((packed >> (2 * j)) & 3).to(tl.int8), sums, out_dtype=tl.int32)
+        x_tile += 4 * SLICE
+        w_tile += SLICE
     return sums
 
 
@@ -75,10 +91,12 @@ def _ternary_product(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    first_row, first_column = tl.program_id(1) * ROWS, tl.program_id(0) * COLUMNS
+    sums = _accumulate(
+        x_codes, weights, first_row, first_column, tokens, out, padded, ROWS, COLUMNS
+    )
+    rows, columns = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     row_mask, column_mask = rows < tokens, columns < out
-    sums = _accumulate(x_codes, weights, rows, row_mask, columns, column_mask, padded)
     sums -= tl.load(x_sums + rows, mask=row_mask, other=0)[:, None]
     factor = tl.load(factors + rows, mask=row_mask, other=1.0)
     scale = tl.load(scales + columns, mask=column_mask, other=0.0)
@@ -86,7 +104,7 @@ def _ternary_product(
     values = values * scale[None, :]
     if HAS_BIAS:
         values += tl.load(bias + columns, mask=column_mask, other=0.0)[None, :]
-    where = y + rows[:, None] * out + columns[None, :]
+    where = y + first_row.to(tl.int64) * out + (rows - first_row)[:, None] * out + columns[None, :]
     tl.store(where, values, mask=row_mask[:, None] & column_mask[None, :])
 
 
@@ -107,18 +125,23 @@ def _gated_product(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    first_row, first_column = tl.program_id(1) * ROWS, tl.program_id(0) * COLUMNS
+    gate = _accumulate(
+        x_codes, weights, first_row, first_column, tokens, out, padded, ROWS, COLUMNS
+    )
+    up_weights = weights + out.to(tl.int64) * (padded // 4)
+    up = _accumulate(
+        x_codes, up_weights, first_row, first_column, tokens, out, padded, ROWS, COLUMNS
+    )
+    rows, columns = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     row_mask, column_mask = rows < tokens, columns < out
     x_sum = tl.load(x_sums + rows, mask=row_mask, other=0)[:, None]
     factor = tl.load(factors + rows, mask=row_mask, other=1.0)
-    gate = _accumulate(x_codes, weights, rows, row_mask, columns, column_mask, padded) - x_sum
-    up = _accumulate(x_codes, weights, rows, row_mask, out + columns, column_mask, padded) - x_sum
     scale = tl.load(scales + columns, mask=column_mask, other=0.0)
     factor = factor[:, None] + tl.zeros_like(scale)[None, :]
-    gate = tl.div_rn(gate.to(tl.float32), factor) * scale[None, :]
+    gate = tl.div_rn((gate - x_sum).to(tl.float32), factor) * scale[None, :]
     scale = tl.load(scales + out + columns, mask=column_mask, other=0.0)
-    up = tl.div_rn(up.to(tl.float32), factor) * scale[None, :]
+    up = tl.div_rn((up - x_sum).to(tl.float32), factor) * scale[None, :]
     if HAS_BIAS:
         gate += tl.load(bias + columns, mask=column_mask, other=0.0)[None, :]
         up += tl.load(bias + out + columns, mask=column_mask, other=0.0)[None, :]
@@ -131,17 +154,27 @@ def _gated_product(
     else:
         u = 0.7978845608 * (gate + 0.044715 * gate * gate * gate)  # sqrt(2 / pi)
         gate = 0.5 * gate * (2.0 - 2.0 / (tl.exp(2.0 * u) + 1.0))  # 1 + tanh(u)
-    where = y + rows[:, None] * out + columns[None, :]
+    where = y + first_row.to(tl.int64) * out + (rows - first_row)[:, None] * out + columns[None, :]
     tl.store(where, gate * up, mask=row_mask[:, None] & column_mask[None, :])
 
 
-def _tile(tokens: int) -> tuple[int, int, int]:
-    """Return rows and columns of a tile, and the warps that compute it."""
+def _tile(tokens: int, generation: int) -> tuple[int, int, int]:
+    """Return rows and columns of a tile, and the warps that compute it.
+
+    Args:
+        tokens: of the step.
+        generation: of the GPU, its major compute capability; sums of larger tiles than these spill
+            registers (tests/test_cuda_compiled.py).
+    """
     if tokens <= 16:
         return 16, 32, 4
     if tokens <= 64:
         return 32, 64, 4
-    return 128, 128, 8
+    return 128, 128 if generation >= 9 else 64, 8
+
+
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def ternary_product(
@@ -157,7 +190,7 @@ def ternary_product(
     """
     (tokens, padded), out = x.codes.shape, len(weights)
     y = torch.empty((tokens, out), dtype=torch.float32, device=weights.device)
-    rows, columns, warps = _tile(tokens)
+    rows, columns, warps = _tile(tokens, _generation(weights.device))
     _ternary_product[(triton.cdiv(out, columns), triton.cdiv(tokens, rows))](
         x.codes,
         x.factors,
@@ -196,8 +229,7 @@ def gated_product(
     """
     (tokens, padded), out = x.codes.shape, len(weights) // 2
     y = torch.empty((tokens, out), dtype=torch.float32, device=weights.device)
-    rows, columns, warps = _tile(tokens)
-    columns = min(columns, 64)  # there are two tiles of sums
+    rows, columns, warps = _tile(tokens, _generation(weights.device))
     _gated_product[(triton.cdiv(out, columns), triton.cdiv(tokens, rows))](
         x.codes,
         x.factors,

@@ -46,7 +46,7 @@ def _norm_quantize(
     k = tl.arange(0, BLOCK)
     x = tl.load(x_rows + row * columns + k, mask=k < columns, other=0.0)
     if HAS_GAIN:
-        mean = tl.sum(x * x) / columns
+        mean = tl.div_rn(tl.sum(x * x), columns.to(tl.float32))
         gain = tl.load(gains + k, mask=k < columns, other=0.0)
         x = (x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))) * gain
     absmax = tl.max(tl.abs(x))

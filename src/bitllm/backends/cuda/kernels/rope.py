@@ -43,7 +43,8 @@ def _rotate_and_store(
         partner = tl.load(start + other, mask=turned, other=0.0)
         if HAS_NORM:
             gains = q_gains if head < heads else k_gains
-            inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x) / head_dim + eps))
+            mean = tl.div_rn(tl.sum(x * x), head_dim.to(tl.float32))
+            inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
             x = (x * inverse) * tl.load(gains + d, mask=inside, other=0.0)
             partner = (partner * inverse) * tl.load(gains + other, mask=turned, other=0.0)
         pair = tl.where(d < half, d, d - half)
