@@ -11,6 +11,7 @@ from bitllm.engine.grammar import GrammarState
 from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, ToolCall, Usage
 from bitllm.engine.readout import Rows, longest_run
 from bitllm.engine.request import Request
+from bitllm.engine.seen import SeenTokens
 from bitllm.engine.text import Detokenizer, TextStream
 from bitllm.engine.tools import parse_calls
 from bitllm.errors import BitllmError, CheckpointError, ConfigError
@@ -34,6 +35,7 @@ class Sequence:
         failure: why no further token can be drawn, None if nothing went wrong.
         choice: which completion of the request this is; each has draws of its own.
         rows: what was asked of the rows of the prompt, None if nothing was; its choices share it.
+        seen: the ids that penalties look at, None if there are none.
         form: what may come next by the request's grammar, None if everything may.
         leader: the sequence that reads the prompt for this one too; None once it has, and for the
             leader itself.
@@ -62,7 +64,7 @@ class Sequence:
         self.failure: BitllmError | None = None
         self.rows = rows
         self.form = None if request.grammar is None else request.grammar.start()
-        self.seen = dict.fromkeys(request.prompt_ids, 0) if request.penalised else {}
+        self.seen = SeenTokens(request.prompt_ids) if request.penalised else None
         longest = len(request.prompt_ids) + request.max_tokens
         self._table = np.full(self.blocks_for(longest), -1, np.int32)
         self._keys = [root_key(request.prefix_key)]
@@ -169,8 +171,8 @@ class Sequence:
         self.token_ids.append(token_id)
         if logprob is not None:
             self._logprobs.append(logprob)
-        if request.penalised:
-            self.seen[token_id] = self.seen.get(token_id, 0) + 1
+        if self.seen is not None:
+            self.seen.add(token_id)
         if token_id in request.stop_ids:
             self._stream.finish()
             self.finish_reason = "stop"
