@@ -29,7 +29,7 @@ class NoText:
 
 
 def decoding(*prompt: int, **options: Any) -> Sequence:
-    sequence = Sequence(Request(prompt_ids=prompt, max_tokens=500, **options), NoText())
+    sequence = Sequence(Request(prompt_ids=prompt, max_tokens=500, **options), NoText)
     for block in range(-(-(len(prompt) + 500) // KV_BLOCK_SIZE)):
         sequence.add_block(block)
     sequence.computed = len(prompt) - 1

@@ -84,6 +84,7 @@ class BatchBuilder:
     def _plan_for(self, sequences: list[Sequence]) -> SamplePlan:
         kept = self._planned
         if len(kept) != len(sequences) or any(map(is_not, kept, sequences)):
+            self._planned = []  # for an interrupt may leave the one without the other
             self._plan = build_plan(sequences, self._vocab_size)
             self._planned = sequences
             return self._plan
