@@ -8,8 +8,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
+from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
@@ -152,11 +153,9 @@ class Engine:
             self._owners[id(owner)] = owner
         with self._lock:
             self._check_open()
-            self._settle()
-            self._changing = True
-            self._scheduler.add(*choices)
-            self._set_deadlines(choices, self._clock() if since is None else since)
-            self._changing = False
+            with self._change():
+                self._scheduler.add(*choices)
+                self._set_deadlines(choices, self._clock() if since is None else since)
         return choices
 
     def finish(self, sequence: Sequence) -> None:
@@ -210,12 +209,12 @@ class Engine:
 
     def pause(self, sequence: Sequence) -> None:
         """Let a sequence make no steps and hold no blocks until `resume`."""
-        with self._lock:
+        with self._lock, self._change():
             self._scheduler.remove(sequence)
 
     def resume(self, sequence: Sequence) -> None:
         """Queue a paused sequence again, at its rank; what is not kept of it is computed again."""
-        with self._lock:
+        with self._lock, self._change():
             if not sequence.finished:
                 self._scheduler.put_back(sequence)
 
@@ -251,6 +250,14 @@ class Engine:
             raise ConfigError(
                 "this model is closed", hint="load it again, or close it after its last use"
             )
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Say that the scheduler is being changed, so that a change cut short is noticed."""
+        self._settle()
+        self._changing = True
+        yield
+        self._changing = False
 
     def _mend(self) -> None:
         """Compute everything again after a change that broke off.
