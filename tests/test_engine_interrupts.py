@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -160,6 +161,31 @@ def check_all_lines(act: Callable[[LLM], object], visits: int) -> None:
             assert repr_of(again) == repr_of(wanted_act), line
         llm.close()
     assert line > (5 if act is never_begin else 100)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_interrupt_while_a_leader_leaves(steps: int) -> None:
+    """Whoever relied on it to read the prompt, reads it then."""
+    plain = make_llm().generate("x" * 90, params=PARAMS)
+    line = 0
+    while True:
+        line += 1
+        llm = make_llm()
+        request = llm.prepare("x" * 90, replace(PARAMS, n=3))
+        choices = llm.engine.add_choices(request)
+        for _ in range(steps):
+            llm.engine.advance()
+        if not interrupted(lambda llm=llm, one=choices[0]: llm.engine.abort(one), line, 9):  # type: ignore[misc]
+            break
+        for sequence in choices[1:]:
+            llm.engine.finish(sequence)
+            assert sequence.completion().token_ids == plain.token_ids, line
+        del choices, sequence
+        llm.generate("y", max_tokens=1)
+        stats = llm.stats()
+        assert (stats.used_blocks, stats.running, stats.waiting) == (0, 0, 0), line
+        llm.close()
+    assert line > 20
 
 
 def repr_of(result: Any) -> Any:
