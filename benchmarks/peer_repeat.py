@@ -33,28 +33,33 @@ class Work:
         prefill: tokens of the measured prompt, which is also the longest step.
         steps: tokens of a decode run.
         depths: tokens already in the context when a decode run begins.
-        sequences: decoded side by side in one more run, from an empty context; 0 = no such run.
+        sequences: decoded side by side, from an empty context: a run for each of these counts.
         threads: worker threads.
     """
 
     prefill: int
     steps: int
     depths: tuple[int, ...]
-    sequences: int
+    sequences: tuple[int, ...]
     threads: int
 
     @property
     def context(self) -> int:
         """Positions that the context has to hold, of all sequences."""
         one = max(self.prefill, *self.depths) + max(self.steps, 2)
-        return max(one, self.sequences * (self.steps + 32))  # some engines keep whole blocks
+        return max(one, self.together * (self.steps + 32))  # some engines keep whole blocks
+
+    @property
+    def together(self) -> int:
+        """The most sequences side by side, 1 if there are no such runs."""
+        return max(self.sequences, default=1)
 
     def options(self) -> list[str]:
         """Return the options of this script that state this work."""
         return [
             f"--prefill={self.prefill}",
             f"--steps={self.steps}",
-            f"--sequences={self.sequences}",
+            f"--sequences={','.join(map(str, self.sequences)) or 0}",
             f"--threads={self.threads}",
             "--depths",
             *map(str, self.depths),
@@ -86,11 +91,15 @@ class Bitllm:
         from bitllm.formats import open_checkpoint
 
         options = LoadOptions(
-            kv_tokens=work.context, threads=work.threads, max_batch_tokens=work.prefill
+            kv_tokens=work.context,
+            threads=work.threads,
+            max_batch_tokens=max(work.prefill, work.together),
         )
         decoder = get_backend("cpu").load(open_checkpoint(model), options)
         self._sequence = Sequences(decoder, 1, work.context, work.prefill)
-        self._together = Sequences(decoder, max(work.sequences, 1), work.steps, work.prefill)
+        self._together = {
+            count: Sequences(decoder, count, work.steps, work.prefill) for count in work.sequences
+        }
         self.about = {
             "version": importlib.metadata.version("bitllm"),
             "kernel": decoder.info.kernel,
@@ -109,7 +118,7 @@ class Bitllm:
 
     def decode_together(self, sequences: int, steps: int) -> None:
         """Draw greedily in the decoder."""
-        self._together.decode(0, steps)
+        self._together[sequences].decode(0, steps)
 
 
 class LlamaCpp:
@@ -126,9 +135,9 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp could not load {model}")
         context = self._api.llama_context_default_params()
         context.n_ctx = work.context
-        context.n_seq_max = max(work.sequences, 1)
+        context.n_seq_max = work.together
         context.kv_unified = True  # or each sequence could have only its part of the context
-        context.n_batch = context.n_ubatch = work.prefill
+        context.n_batch = context.n_ubatch = max(work.prefill, work.together)
         context.n_threads = context.n_threads_batch = work.threads
         self._context = self._api.llama_init_from_model(self._model, context)
         if not self._context:
@@ -271,12 +280,11 @@ def measure(engine: Engine, work: Work) -> dict[str, float]:
         began = time.perf_counter()
         engine.decode(depth, work.steps)
         speeds[decode_name(depth)] = work.steps / (time.perf_counter() - began)
-    if work.sequences:
-        engine.decode_together(work.sequences, 2)
+    for sequences in work.sequences:
+        engine.decode_together(sequences, 2)
         began = time.perf_counter()
-        engine.decode_together(work.sequences, work.steps)
-        drawn = work.sequences * work.steps
-        speeds[together_name(work.sequences)] = drawn / (time.perf_counter() - began)
+        engine.decode_together(sequences, work.steps)
+        speeds[together_name(sequences)] = sequences * work.steps / (time.perf_counter() - began)
     return speeds
 
 
@@ -294,10 +302,10 @@ def add_work(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sequences",
-        type=natural,
-        default=8,
-        metavar="COUNT",
-        help="sequences decoded side by side in one more run, 0 = none",
+        type=counts,
+        default=(8,),
+        metavar="COUNT[,COUNT...]",
+        help="sequences decoded side by side, a run for each count; 0 = no such run",
     )
     parser.add_argument("--threads", type=positive, default=1)
 
@@ -314,6 +322,11 @@ def natural(text: str) -> int:
     if int(text) < 0:
         raise ValueError
     return int(text)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Return whole numbers between commas, without those that are 0."""
+    return tuple(count for count in map(natural, text.split(",")) if count)
 
 
 def work_of(arguments: argparse.Namespace) -> Work:

@@ -154,7 +154,7 @@ def compare(ours: list[float], theirs: list[float]) -> dict[str, float]:
 def figures(outcomes: dict[str, Outcome], work: Work) -> list[dict[str, Any]]:
     """Return one row for each kind of work and engine, ours first."""
     kinds = [prefill_name(work.prefill), *map(decode_name, work.depths)]
-    kinds += [together_name(work.sequences)] if work.sequences else []
+    kinds += map(together_name, work.sequences)
     rows: list[dict[str, Any]] = []
     for kind in kinds:
         ours = outcomes[OURS].samples.get(kind, [])

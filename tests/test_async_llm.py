@@ -580,3 +580,31 @@ asyncio.run(main())
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, "7\n2\n"), ended.stderr
+
+
+def test_a_stream_has_one_reader_at_a_time() -> None:
+    """A second one is refused, computes nothing, and does not disturb the first."""
+
+    async def test() -> None:
+        async with AsyncLLM(make_llm(seconds=0.01)) as llm:
+            whole = await llm.generate("hello", max_tokens=9)
+            stream = llm.stream("hello", max_tokens=9)
+            first = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+            with pytest.raises(ConfigError, match="already being read"):
+                await anext(stream)
+            texts = [(await first).text] + [chunk.text async for chunk in stream]
+            assert "".join(texts) == whole.text
+            assert llm.llm.stats().prefilled_tokens == 2 * (1 + len("hello"))
+
+    run(test)
+
+
+def test_the_timeout_of_a_stream_counts_from_the_call() -> None:
+    async def test() -> None:
+        async with AsyncLLM(make_llm()) as llm:
+            late = llm.stream("hello", max_tokens=9, timeout=0.05)
+            await asyncio.sleep(0.06)
+            assert [(chunk.text, chunk.finish_reason) async for chunk in late] == [("", "timeout")]
+
+    run(test)

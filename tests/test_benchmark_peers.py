@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -14,12 +15,12 @@ import peer_gguf
 import peers
 import pytest
 from peer_engines import PeerError, parse_llama_bench, parse_repeat, run
-from peer_repeat import Work, measure
+from peer_repeat import Work, add_work, measure, work_of
 
 from bitllm.bench import random_model
 
 TINY = random_model.Shape(hidden=32, ffn=64, layers=2, heads=2, kv_heads=1, head_dim=16, vocab=640)
-WORK = Work(prefill=32, steps=4, depths=(0, 48), sequences=2, threads=1)
+WORK = Work(prefill=32, steps=4, depths=(0, 48), sequences=(2,), threads=1)
 
 FAKE_LLAMA_BENCH = """#!{python}
 import json, pathlib, sys
@@ -159,29 +160,42 @@ def test_llama_bench_is_asked_for_the_same_work(
     assert asked == [f"-m m.gguf -t 1 -o json -r 1 {call}" for call in calls]
 
 
+@dataclass
+class Recorder:
+    about: dict[str, object] = field(default_factory=dict)
+    calls: list[tuple[int, ...]] = field(default_factory=list)
+
+    def prefill(self, ids: list[int]) -> None:
+        self.calls.append((len(ids),))
+
+    def decode(self, depth: int, steps: int) -> None:
+        self.calls.append((depth, steps))
+
+    def decode_together(self, sequences: int, steps: int) -> None:
+        self.calls.append((-sequences, steps))
+
+
 def test_a_repeat_warms_up_and_begins_each_run_at_its_depth() -> None:
-    @dataclass
-    class Recorder:
-        about: dict[str, object] = field(default_factory=dict)
-        calls: list[tuple[int, ...]] = field(default_factory=list)
-
-        def prefill(self, ids: list[int]) -> None:
-            self.calls.append((len(ids),))
-
-        def decode(self, depth: int, steps: int) -> None:
-            self.calls.append((depth, steps))
-
-        def decode_together(self, sequences: int, steps: int) -> None:
-            self.calls.append((-sequences, steps))
-
     engine = Recorder()
     names = {"prefill 32", "decode at 0", "decode at 48", "decode of 2"}
     assert set(measure(engine, WORK)) == names
     assert engine.calls == [(32,), (32, 4), (32,), (0,), (0, 4), (48,), (48, 4), (-2, 2), (-2, 4)]
     assert WORK.context == 2 * (4 + 32)
     alone = Recorder()
-    assert set(measure(alone, replace(WORK, sequences=0))) == names - {"decode of 2"}
+    assert set(measure(alone, replace(WORK, sequences=()))) == names - {"decode of 2"}
     assert alone.calls == engine.calls[:-2]
+
+
+def test_several_counts_of_sequences_are_a_run_each() -> None:
+    parser = argparse.ArgumentParser()
+    add_work(parser)
+    for sequences in ((1, 4, 32), (8,), ()):
+        work = replace(WORK, sequences=sequences)
+        assert work_of(parser.parse_args(work.options())) == work
+    wide = replace(WORK, sequences=(1, 4, 32))
+    assert wide.context == 32 * (4 + 32)
+    speeds = measure(Recorder(), wide)
+    assert {"decode of 1", "decode of 4", "decode of 32"} < set(speeds)
 
 
 @dataclass

@@ -69,7 +69,17 @@ def test_streamed_or_not_the_text_is_the_same(model: str, flag: str) -> None:
 
 
 def test_sampling_options_reach_the_model(model: str) -> None:
-    arguments = ["--top-k", "3", "--top-p", "0.9", "--min-p", "0.1", "--repetition-penalty", "1.5"]
+    arguments = [
+        "--top-k",
+        "30",
+        "--top-p",
+        "0.9",
+        "--min-p",
+        "0.01",
+        "--repetition-penalty",
+        "1.5",
+    ]
+    arguments += ["--typical-p", "0.4"]
     result = run("abc", "-m", model, "-n", "12", "-t", "2", "--seed", "1", *arguments)
     assert result.stdout == (
         written(
@@ -78,9 +88,10 @@ def test_sampling_options_reach_the_model(model: str) -> None:
             max_tokens=12,
             temperature=2,
             seed=1,
-            top_k=3,
+            top_k=30,
             top_p=0.9,
-            min_p=0.1,
+            min_p=0.01,
+            typical_p=0.4,
             repetition_penalty=1.5,
         )
         + "\n"

@@ -26,12 +26,12 @@ class Nothing:
 
 
 def sequence(prompt: int, max_tokens: int = 50, **options: Any) -> Sequence:
-    return Sequence(Request(prompt_ids=(1,) * prompt, max_tokens=max_tokens, **options), Nothing())
+    return Sequence(Request(prompt_ids=(1,) * prompt, max_tokens=max_tokens, **options), Nothing)
 
 
 def choices(count: int, prompt: int, **options: Any) -> list[Sequence]:
     request = Request(prompt_ids=(1,) * prompt, max_tokens=50, choices=count, **options)
-    return [Sequence(request, Nothing(), choice) for choice in range(count)]
+    return [Sequence(request, Nothing, choice) for choice in range(count)]
 
 
 def step(scheduler: Scheduler) -> list[tuple[Sequence, int]]:

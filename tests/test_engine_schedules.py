@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from bitllm import _native
 from bitllm.backends import get_backend
 from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions, SamplePlan
-from bitllm.engine.engine import Engine
+from bitllm.engine.engine import Choices, Engine
 from bitllm.engine.request import Request
 from bitllm.engine.sequence import Sequence
 from fake_decoder import FakeDecoder, draw, fake_spec
@@ -76,6 +76,7 @@ class Schedule:
         one, two, three = (self._tokens(KV_BLOCK_SIZE) for _ in range(3))
         self.prefixes = [(), one[1:], one, one + two, three + two, one + three + two]
         self.live: list[Sequence] = []
+        self.owners: dict[Sequence, Choices] = {}  # who is forgotten leaves the engine
 
     def _tokens(self, count: int) -> tuple[int, ...]:
         return tuple(self.random.choices(range(3), k=count))
@@ -102,7 +103,9 @@ class Schedule:
         while arrivals or self.live:
             if arrivals and self.random.random() < 0.4:
                 arrivals -= 1
-                self.live += self.engine.add_choices(self.request())
+                choices = self.engine.add_choices(self.request())
+                self.live += choices
+                self.owners.update(dict.fromkeys(choices, choices))
             elif self.live and self.random.random() < 0.05:
                 self._leave(self.random.choice(self.live))
             elif self.live:
@@ -133,6 +136,7 @@ class Schedule:
 
     def _leave(self, sequence: Sequence) -> None:
         self.live.remove(sequence)
+        del self.owners[sequence]
         self.engine.abort(sequence)
         if self.random.random() < self.checked:
             check(sequence)

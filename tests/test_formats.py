@@ -676,6 +676,7 @@ class TestGenerationConfig:
     def test_read(self, tmp_path: Path) -> None:
         values = {
             "do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 1, "min_p": 0.05,
+            "typical_p": 0.8,
             "repetition_penalty": 1.1, "max_new_tokens": 9, "bos_token_id": 1,
             "eos_token_id": [2, 3], "transformers_version": "5",
         }  # fmt: skip
@@ -683,7 +684,7 @@ class TestGenerationConfig:
         found = read_generation_config(tmp_path)
         assert (found.do_sample, found.temperature, found.top_k) == (True, 0.6, 50)
         assert (found.top_p, found.min_p, found.repetition_penalty) == (1.0, 0.05, 1.1)
-        assert (found.max_new_tokens, found.bos_token_id) == (9, 1)
+        assert (found.max_new_tokens, found.bos_token_id, found.typical_p) == (9, 1, 0.8)
         assert found.eos_token_ids == (2, 3)
 
     def test_absent(self, tmp_path: Path) -> None:

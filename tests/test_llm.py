@@ -133,13 +133,16 @@ def test_single_options_override_params() -> None:
 
 
 def test_defaults_of_the_model_hold_until_overridden() -> None:
-    llm = make_llm(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.5)
+    llm = make_llm(
+        temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, typical_p=0.7, repetition_penalty=1.5
+    )
     llm.generate("hello", max_tokens=1)
     plan = decoder_of(llm).steps[-1].plan
     assert plan.temperature.tolist() == [0.5]
     assert plan.top_k.tolist() == [7]
     assert plan.top_p.tolist() == pytest.approx([0.9])
     assert plan.min_p.tolist() == pytest.approx([0.1])
+    assert plan.typical_p.tolist() == pytest.approx([0.7])
     assert plan.repetition_penalty.tolist() == [1.5]
     llm.generate(
         "hello", max_tokens=1, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1
@@ -432,6 +435,20 @@ def test_a_timeout_ends_a_text_with_what_there_is() -> None:
     assert usual.finish_reason == "timeout"
     decoder.on_step = lambda: None
     assert llm.generate("hello", max_tokens=30, timeout=60).token_ids == whole.token_ids
+    assert llm.free_blocks == 8
+
+
+def test_the_timeout_of_a_stream_counts_from_the_call() -> None:
+    llm = make_llm()
+    passed = 0.0
+    llm.engine._clock = lambda: passed
+    early, late = (llm.stream("hello", max_tokens=30, timeout=5) for _ in range(2))
+    passed = 4.0
+    assert next(early).finish_reason is None
+    passed = 6.0
+    (chunk,) = late
+    assert (chunk.text, chunk.finish_reason) == ("", "timeout")
+    assert list(early)[-1].finish_reason == "timeout"
     assert llm.free_blocks == 8
 
 

@@ -198,6 +198,12 @@ sampling_options: Decorator[Any] = _together(
         help="Drop tokens less likely than this part of the likeliest.",
     ),
     option(
+        "--typical-p",
+        metavar="X",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        help="Draw from the tokens about as surprising as expected that hold this probability.",
+    ),
+    option(
         "--repetition-penalty",
         metavar="X",
         type=click.FloatRange(min=0, min_open=True),

@@ -20,7 +20,14 @@ import numpy.typing as npt
 
 from bitllm.config import SamplingParams, as_integer
 from bitllm.engine.engine_thread import EngineThread, Feed
-from bitllm.engine.llm import LLM, SamplingOptions, check_streams, completion_of, sampling_of
+from bitllm.engine.llm import (
+    AT_ONCE,
+    LLM,
+    SamplingOptions,
+    check_streams,
+    completion_of,
+    sampling_of,
+)
 from bitllm.engine.loading import EngineKeywords, load
 from bitllm.engine.outputs import Chunk, Completion, Score
 from bitllm.engine.prompt import Message, Prompt, is_one
@@ -34,8 +41,6 @@ from bitllm.errors import ConfigError
 __all__ = ["AsyncLLM", "ChunkStream"]
 
 _Result = TypeVar("_Result")
-
-_AT_ONCE = 64  # sequences of a long job that are in the engine together
 
 
 class AsyncLLM:
@@ -63,7 +68,7 @@ class AsyncLLM:
         self.llm = llm
         # Threads that wait for reads: those of asyncio would all be taken by a few long reads, and
         # no prompt could be encoded meanwhile.
-        self._readers = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="bitllm read")
+        self._readers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="bitllm read")
         self._thread = EngineThread(llm.engine, max_unread=max_unread)
         # Neither an object that was forgotten nor the end of the interpreter may leave a thread
         # in the middle of a step.
@@ -291,27 +296,37 @@ class ChunkStream:
     """The chunks of one generation, for `async for`; made by `AsyncLLM.stream`.
 
     Leaving the loop, a cancelled task and `aclose` all end the generation; so does forgetting this
-    object.
+    object. One task at a time may read it: another one gets a `ConfigError`.
     """
 
     def __init__(self, thread: EngineThread, prepare: Callable[[], Request]) -> None:
         self._thread = thread
         self._prepare = prepare
+        self._called = thread.now()
         self._news = asyncio.Event()
         self._feed: Feed | None = None
+        self._reading = False
         self._left = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Chunk:
+        if self._reading:
+            raise ConfigError(
+                "this stream is already being read by another task",
+                hint="read a stream in one task only, or make one for each",
+            )
         if self._left:
             raise StopAsyncIteration
+        self._reading = True
         try:
             return await self._next()
         except BaseException:
             self._leave()
             raise
+        finally:
+            self._reading = False
 
     async def aclose(self) -> None:
         """End the generation and free what it holds."""
@@ -338,7 +353,9 @@ class ChunkStream:
             request = await asyncio.to_thread(self._prepare)
             loop = asyncio.get_running_loop()
             notify = functools.partial(loop.call_soon_threadsafe, self._news.set)
-            feed = self._feed = self._thread.submit(request, notify, chunks=True)
+            feed = self._feed = self._thread.submit(
+                request, notify, chunks=True, since=self._called
+            )
         while True:
             self._news.clear()
             ended = feed.ended
@@ -377,7 +394,7 @@ class _ThreadAccess(TokenAccess):
         ends: deque[threading.Event] = deque()
         try:
             while True:
-                for request in itertools.islice(coming, _AT_ONCE - len(ends)):
+                for request in itertools.islice(coming, AT_ONCE - len(ends)):
                     ends.append(threading.Event())
                     self._feeds.append(self._thread.submit(request, ends[-1].set, chunks=False))
                 if self._cancelled:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 from operator import is_not
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,15 @@ __all__ = ["BatchBuilder", "build_plan"]
 
 I32 = npt.NDArray[np.int32]
 
+_NO_IDS = np.zeros(0, np.int32)
+
 
 class BatchBuilder:
     """Turns the scheduled runs of each step into a `Batch`.
 
     While the same requests decode, most arrays of one step are those of the step before: they are
-    kept and given out again, so nobody may write into a batch.
+    kept and given out again, so nobody may write into a batch. What penalties look at and masks are
+    of each step; the former are copied from arrays that grow with each text.
 
     Args:
         vocab_size: width of the token masks.
@@ -33,7 +36,7 @@ class BatchBuilder:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._planned: list[Sequence] | None = None  # of a plan that can be used again
+        self._planned: list[Sequence] = []  # whom the plan is for
         self._plan = SamplePlan.greedy()
         self._of_one = _shape([], [])
 
@@ -80,12 +83,18 @@ class BatchBuilder:
 
     def _plan_for(self, sequences: list[Sequence]) -> SamplePlan:
         kept = self._planned
-        if kept is None or len(kept) != len(sequences) or any(map(is_not, kept, sequences)):
+        if len(kept) != len(sequences) or any(map(is_not, kept, sequences)):
+            self._planned = []  # for an interrupt may leave the one without the other
             self._plan = build_plan(sequences, self._vocab_size)
-            self._planned = sequences if all(map(_lasts, sequences)) else None
+            self._planned = sequences
             return self._plan
         positions = np.array([sequence.generated for sequence in sequences], np.int32)
-        self._plan = replace(self._plan, position=positions)
+        changed: dict[str, Any] = {"position": positions}
+        if len(self._plan.seen_ids):
+            changed |= _seen(sequences)
+        if len(self._plan.mask):
+            changed |= _masks(sequences, self._vocab_size)
+        self._plan = replace(self._plan, **changed)
         return self._plan
 
 
@@ -97,13 +106,6 @@ class _Shape:
     adapter_slots: I32
     output_rows: I32
     output_kinds: npt.NDArray[np.uint8]
-
-
-def _lasts(sequence: Sequence) -> bool:
-    """Whether the plan for this sequence says the same at each token to come, but for its place."""
-    request = sequence.request
-    may_end = not request.banned_ids or sequence.generated >= request.min_tokens
-    return may_end and not request.penalised and sequence.form is None
 
 
 def _shape(lengths: Ordered[int], rows: Ordered[int], kinds: Ordered[int] | None = None) -> _Shape:
@@ -149,11 +151,7 @@ def _scores(reading: Ordered[tuple[Rows | None, range]]) -> dict[str, I32]:
 def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
     """Return how to draw the next token of each of these sequences."""
     requests = [sequence.request for sequence in sequences]
-    seen = [sequence.seen for sequence in sequences]
     bias = [request.logit_bias for request in requests]
-    mask, mask_rows = _masks(sequences, vocab_size)
-    seen_offsets, seen_ids = _ragged_ids(seen)
-    bias_offsets, bias_ids = _ragged_ids(bias)
     return SamplePlan(
         temperature=np.array([each.temperature for each in requests], np.float32),
         top_k=np.array([each.top_k for each in requests], np.int32),
@@ -167,14 +165,11 @@ def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
         repetition_penalty=np.array([each.repetition_penalty for each in requests], np.float32),
         frequency_penalty=np.array([each.frequency_penalty for each in requests], np.float32),
         presence_penalty=np.array([each.presence_penalty for each in requests], np.float32),
-        seen_offsets=seen_offsets,
-        seen_ids=seen_ids,
-        seen_counts=np.array([count for ids in seen for count in ids.values()], np.int32),
-        bias_offsets=bias_offsets,
-        bias_ids=bias_ids,
-        bias_values=np.array([value for ids in bias for value in ids.values()], np.float32),
-        mask=mask,
-        mask_rows=mask_rows,
+        bias_offsets=_offsets([len(each) for each in bias]),
+        bias_ids=np.array([token for each in bias for token in each], np.int32),
+        bias_values=np.array([value for each in bias for value in each.values()], np.float32),
+        **_seen(sequences),
+        **_masks(sequences, vocab_size),
     )
 
 
@@ -188,16 +183,28 @@ def _block_tables(runs: Ordered[Run]) -> I32:
     return tables
 
 
-def _ragged_ids(rows: Ordered[Mapping[int, float]]) -> tuple[I32, I32]:
-    """Return offsets int32 [n + 1] and the ids of all rows in one array."""
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    if any(rows):
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-    return offsets, np.array([token for row in rows for token in row], np.int32)
+def _seen(sequences: Ordered[Sequence]) -> dict[str, npt.NDArray[Any]]:
+    """Return the fields of a plan that say what penalties look at."""
+    seen = [sequence.seen for sequence in sequences if sequence.seen is not None]
+    lengths = [0 if sequence.seen is None else len(sequence.seen) for sequence in sequences]
+    return {
+        "seen_offsets": _offsets(lengths),
+        "seen_ids": np.concatenate([_NO_IDS, *(each.ids for each in seen)]),
+        "seen_counts": np.concatenate([_NO_IDS, *(each.counts for each in seen)]),
+    }
 
 
-def _masks(sequences: Ordered[Sequence], vocab_size: int) -> tuple[npt.NDArray[np.uint32], I32]:
-    """Return a mask row for each sequence of a grammar, or that may not end yet."""
+def _offsets(lengths: Ordered[int]) -> I32:
+    """Return where each of so many lists begins in one array of all, int32 [n + 1]."""
+    return np.array([0, *itertools.accumulate(lengths)], np.int32)
+
+
+def _masks(sequences: Ordered[Sequence], vocab_size: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the fields of a plan with a mask row for each sequence that may not draw all ids.
+
+    These are sequences of a grammar, and such that may not end yet: one that has no row now will
+    need none later.
+    """
     rows = np.full(len(sequences), -1, np.int32)
     masks: list[npt.NDArray[np.uint32]] = []
     for index, sequence in enumerate(sequences):
@@ -215,4 +222,5 @@ def _masks(sequences: Ordered[Sequence], vocab_size: int) -> tuple[npt.NDArray[n
             mask[token // 32] |= np.uint32(1 << (token % 32))
         rows[index] = len(masks)
         masks.append(mask)
-    return np.array(masks, np.uint32).reshape(len(masks), -(-vocab_size // 32)), rows
+    words = -(-vocab_size // 32)
+    return {"mask": np.array(masks, np.uint32).reshape(len(masks), words), "mask_rows": rows}

@@ -8,7 +8,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Ordered
+from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 
@@ -24,7 +27,24 @@ from bitllm.engine.stats import EngineStats, StepCounts, take_stats
 from bitllm.engine.text import Detokenizer
 from bitllm.errors import ConfigError, ContextOverflowError
 
-__all__ = ["Engine"]
+__all__ = ["Choices", "Engine"]
+
+
+class Choices(list[Sequence]):
+    """The choices of a request, for as long as somebody wants them."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Owner(weakref.ref[Choices]):
+    """Notices that the `Choices` it refers to have gone.
+
+    An interrupt may arrive between any two lines of Python, also where choices were queued and
+    nobody knows of them yet, or where they are about to be aborted. The interpreter calls the
+    callback of this reference without a line of Python.
+    """
+
+    sequences: Ordered[Sequence] = ()
 
 
 class Engine:
@@ -63,9 +83,11 @@ class Engine:
         # Reentrant, because the garbage collector may close a stream, and so abort its sequence, in
         # the middle of a step of the same thread. Such aborts wait in `_aborted`.
         self._lock = threading.RLock()
-        self._stepping = False
+        self._changing = False
         self._closed = False
         self._aborted: deque[Sequence] = deque()
+        self._owners: dict[int, _Owner] = {}  # by their ids: choices are a list, without a hash
+        self._left: deque[weakref.ref[Choices]] = deque()  # owners of what nobody holds any more
         _engines.add(self)
 
     @property
@@ -85,15 +107,32 @@ class Engine:
             ConfigError: the engine is closed.
             ContextOverflowError: the request needs more KV blocks than there are.
         """
-        (sequence,) = self.add_choices(request)
+        (sequence,) = self._add(request)
         return sequence
 
-    def add_choices(self, request: Request) -> list[Sequence]:
+    def now(self) -> float:
+        """Return the time (seconds) by the clock of timeouts."""
+        return self._clock()
+
+    def add_choices(self, request: Request, since: float | None = None) -> Choices:
         """Queue a request and return its choices, each to be aborted in the end, finished or not.
+
+        When the returned object is forgotten, so are they.
+
+        Args:
+            request: what is asked for.
+            since: from when its timeout counts, by `now`; None = from now on.
 
         Raises:
             ConfigError, ContextOverflowError: as in `add`.
         """
+        choices = Choices()
+        self._add(request, choices, since)
+        return choices
+
+    def _add(
+        self, request: Request, owned: Choices | None = None, since: float | None = None
+    ) -> list[Sequence]:
         # The last token is drawn, but never computed.
         longest = len(request.prompt_ids) + max(0, request.max_tokens - 1)
         if Sequence.blocks_for(longest) > self._pool.capacity:
@@ -104,13 +143,19 @@ class Engine:
             )
         rows = None if request.readout is None else Rows(request.readout, self._decoder.spec)
         choices = [
-            Sequence(request, self._make_detokenizer(), index, rows)
+            Sequence(request, self._make_detokenizer, index, rows)
             for index in range(request.choices)
         ]
+        if owned is not None:
+            owned += choices
+            owner = _Owner(owned, self._left.append)
+            owner.sequences = choices
+            self._owners[id(owner)] = owner
         with self._lock:
             self._check_open()
-            self._scheduler.add(*choices)
-            self._set_deadlines(choices)
+            with self._change():
+                self._scheduler.add(*choices)
+                self._set_deadlines(choices, self._clock() if since is None else since)
         return choices
 
     def finish(self, sequence: Sequence) -> None:
@@ -123,6 +168,7 @@ class Engine:
         while not sequence.finished:
             with self._lock:
                 self._check_open()
+                self._mend()
                 if not sequence.finished:
                     self._step()
         if sequence.failure is not None:
@@ -137,6 +183,7 @@ class Engine:
         while True:
             with self._lock:
                 self._check_open()
+                self._mend()
                 for sequence in sequences:
                     if sequence.failure is not None:
                         raise sequence.failure
@@ -154,7 +201,7 @@ class Engine:
         """
         with self._lock:
             self._check_open()
-            self._remove_aborted()  # else they would be counted, though there is no step to make
+            self._settle()  # else they would be counted, though there is no step to make
             if len(self._scheduler) == 0:
                 return False
             self._step()
@@ -162,12 +209,12 @@ class Engine:
 
     def pause(self, sequence: Sequence) -> None:
         """Let a sequence make no steps and hold no blocks until `resume`."""
-        with self._lock:
+        with self._lock, self._change():
             self._scheduler.remove(sequence)
 
     def resume(self, sequence: Sequence) -> None:
         """Queue a paused sequence again, at its rank; what is not kept of it is computed again."""
-        with self._lock:
+        with self._lock, self._change():
             if not sequence.finished:
                 self._scheduler.put_back(sequence)
 
@@ -175,8 +222,8 @@ class Engine:
         """Forget a sequence and free its blocks at once."""
         self._aborted.append(sequence)
         with self._lock:
-            if not self._stepping:
-                self._remove_aborted()
+            if not self._changing:
+                self._settle()
 
     def stats(self) -> EngineStats:
         """Return the figures of this moment, without waiting for a step that is under way."""
@@ -204,18 +251,52 @@ class Engine:
                 "this model is closed", hint="load it again, or close it after its last use"
             )
 
-    def _remove_aborted(self) -> None:
-        while self._aborted:
-            sequence = self._aborted.popleft()
-            self._scheduler.remove(sequence)
-            self._deadlines.pop(sequence, None)
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Say that the scheduler is being changed, so that a change cut short is noticed."""
+        self._settle()
+        self._changing = True
+        yield
+        self._changing = False
 
-    def _set_deadlines(self, choices: list[Sequence]) -> None:
+    def _mend(self) -> None:
+        """Compute everything again after a change that broke off.
+
+        An interrupt may arrive before any line, here too; whoever comes next then finds `_changing`
+        still set. It is not set by anybody else, for who changes something holds the lock.
+        """
+        if self._changing:
+            self._scheduler.restart()
+            self._changing = False
+
+    def _settle(self) -> None:
+        """Mend what broke off, and remove what is not wanted any more.
+
+        A sequence stays in its queue until it is gone.
+        """
+        self._mend()
+        self._changing = True
+        while self._left:
+            owner = cast("_Owner", self._left[0])
+            for sequence in owner.sequences:
+                self._remove(sequence)
+            self._owners.pop(id(owner), None)
+            self._left.popleft()
+        while self._aborted:
+            self._remove(self._aborted[0])
+            self._aborted.popleft()
+        self._changing = False
+
+    def _remove(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._deadlines.pop(sequence, None)
+
+    def _set_deadlines(self, choices: list[Sequence], since: float) -> None:
         timeout = choices[0].request.timeout
         if timeout is not None:
-            deadline = self._clock() + timeout
-            self._deadlines.update(dict.fromkeys(choices, deadline))
+            deadline = since + timeout
             self._next_deadline = min(deadline, self._next_deadline)
+            self._deadlines.update(dict.fromkeys(choices, deadline))
 
     def _end_overdue(self) -> bool:
         """End the sequences whose time is up; return whether there were any."""
@@ -232,22 +313,18 @@ class Engine:
         return bool(overdue)
 
     def _step(self) -> None:
-        self._stepping = True
-        complete = False
         try:
-            self._remove_aborted()
+            self._settle()
+            self._changing = True
             overdue = self._end_overdue()
             runs = self._scheduler.schedule()
             if runs:
                 self._compute(runs)
             elif not overdue:
                 raise RuntimeError("a sequence was waited for that is not in the engine")
-            complete = True
+            self._changing = False
         finally:
-            if not complete:
-                self._scheduler.restart()
-            self._stepping = False
-            self._remove_aborted()
+            self._settle()
 
     def _compute(self, runs: list[Run]) -> None:
         now = self._clock()
@@ -308,10 +385,10 @@ class Engine:
             of_kind = output.hidden if rows.readout.kind == OutputKind.HIDDEN else output.logits
             rows.take(of_kind[part])
             return
-        rows.take(output.logprobs[part], output.top_ids[part], output.top_logprobs[part])
         if np.isnan(output.logprobs[part]).any():
             for each in [sequence, *sequence.followers]:
                 each.fail()
+        rows.take(output.logprobs[part], output.top_ids[part], output.top_logprobs[part])
 
 
 def _logprob(output: StepOutput, index: int, token: int, top: int) -> TokenLogprob:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from queue import Empty, SimpleQueue
 
 from bitllm.engine.engine import Engine
@@ -23,6 +24,7 @@ class Feed:
 
     Attributes:
         request: what is asked for.
+        since: from when its timeout counts.
         chunks: what was written and not yet read; stays empty where only the end is of interest.
         ended: nothing more will come. Written last: a reader looks at it before `chunks`.
         error: why it ended without a result, or None.
@@ -30,17 +32,20 @@ class Feed:
         paused: it waits outside of the engine until its reader has caught up.
     """
 
-    def __init__(self, request: Request, notify: Callable[[], object], *, chunks: bool) -> None:
+    def __init__(
+        self, request: Request, notify: Callable[[], object], *, chunks: bool, since: float
+    ) -> None:
         self.request = request
+        self.since = since
         self.notify = notify
         self.wants_chunks = chunks
         self.chunks: deque[Chunk] = deque()
         self.ended = False
         self.error: BaseException | None = None
-        self.sequences: list[Sequence] = []
+        self.sequences: Ordered[Sequence] = ()
         self.paused = False
 
-    def result(self) -> list[Sequence]:
+    def result(self) -> Ordered[Sequence]:
         """Return the finished sequences, one for each choice.
 
         Raises:
@@ -86,19 +91,32 @@ class EngineThread:
         if self._refusing or not self._thread.is_alive():
             raise _closed()
 
-    def submit(self, request: Request, notify: Callable[[], object], *, chunks: bool) -> Feed:
+    def now(self) -> float:
+        """Return the time (seconds) by the clock of timeouts."""
+        return self._engine.now()
+
+    def submit(
+        self,
+        request: Request,
+        notify: Callable[[], object],
+        *,
+        chunks: bool,
+        since: float | None = None,
+    ) -> Feed:
         """Hand a request over.
 
         Args:
             request: what to compute.
             notify: called by the engine thread when the first unread chunk, or the end, is there.
             chunks: whether the reader wants the text piece by piece.
+            since: from when its timeout counts, by `now`; None = from now on.
 
         Raises:
             ConfigError: as `check_open`.
         """
         self.check_open()
-        feed = Feed(request, notify, chunks=chunks)
+        asked = self.now() if since is None else since
+        feed = Feed(request, notify, chunks=chunks, since=asked)
         self._inbox.put(lambda: self._add(feed))
         if self._finished:
             self._read_inbox()
@@ -189,7 +207,7 @@ class EngineThread:
             self._end(feed, _closed())
             return
         try:
-            feed.sequences = self._engine.add_choices(feed.request)
+            feed.sequences = self._engine.add_choices(feed.request, feed.since)
         except BitllmError as error:
             self._end(feed, error)
             return

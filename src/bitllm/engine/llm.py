@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
 from bitllm.backends.base import Decoder, DecoderInfo
 from bitllm.checkpoint import ModelSpec
 from bitllm.config import SamplingParams
-from bitllm.engine.engine import Engine
+from bitllm.engine.engine import Choices, Engine
 from bitllm.engine.grammar import GrammarCompiler
 from bitllm.engine.memory_plan import MemoryPlan
 from bitllm.engine.outputs import Chunk, Completion, join_choices
@@ -28,6 +28,7 @@ from bitllm.errors import ConfigError
 from bitllm.tokenizer import StreamDetokenizer, Tokenizer
 
 __all__ = [
+    "AT_ONCE",
     "LLM",
     "Message",
     "Prompt",
@@ -37,7 +38,8 @@ __all__ = [
     "sampling_of",
 ]
 
-_AT_ONCE = 64  # sequences of a long job that are in the engine together
+AT_ONCE = 64
+"""How many sequences of a long job are in the engine together."""
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -185,7 +187,8 @@ class LLM(TokenAccess):
         """Continue a prompt, yielding text as it comes; arguments and errors as in `generate`.
 
         With `n` above 1, the chunks of all choices come as they are made; each says by its `index`
-        where it belongs. Leaving the loop early frees what the sequences held.
+        where it belongs. Leaving the loop early frees what the sequences held. A `timeout` counts
+        from this call on, whenever the first chunk is asked for.
 
         Raises:
             ConfigError: also where `best_of` is more than `n`: the best are known only at the end.
@@ -239,7 +242,8 @@ class LLM(TokenAccess):
                 "description", "parameters"}}; what it calls is in `tool_calls` of the result.
             tool_choice: "auto"; "none"; "required" = it must call one; or {"type": "function",
                 "function": {"name": ...}} = it must call this one. A call it must make has
-                arguments that fit their JSON schema, unless `max_tokens` cuts it short.
+                arguments that fit their JSON schema, unless `max_tokens` cuts it short; one that it
+                makes on its own is told as it was written, and its arguments are for you to check.
             params: how to answer; single options override it.
             **options: fields of `SamplingParams`.
 
@@ -342,26 +346,28 @@ class LLM(TokenAccess):
         )
 
     def _run(
-        self, requests: Iterable[Request], *, at_once: int = _AT_ONCE
+        self, requests: Iterable[Request], *, at_once: int = AT_ONCE
     ) -> Generator[Sequence, None, None]:
         """Yield the finished sequences of these requests in their order, `at_once` on their way."""
-        under_way: deque[Sequence] = deque()
+        under_way: deque[Choices] = deque()
         coming = iter(requests)
         try:
             while True:
                 for request in itertools.islice(coming, at_once - len(under_way)):
-                    under_way.append(self._engine.add(request))
+                    under_way.append(self._engine.add_choices(request))
                 if not under_way:
                     return
-                self._engine.finish(under_way[0])
-                yield under_way[0]
-                self._engine.abort(under_way.popleft())
+                (sequence,) = under_way[0]
+                self._engine.finish(sequence)
+                yield sequence
+                self._engine.abort(sequence)
+                under_way.popleft()
         finally:
-            for sequence in under_way:
+            for sequence in chain.from_iterable(under_way):
                 self._engine.abort(sequence)
 
     def _complete(self, requests: list[Request], sampling: SamplingParams) -> list[Completion]:
-        groups: list[list[Sequence]] = []
+        groups: list[Choices] = []
         try:
             for request in requests:
                 groups.append(self._engine.add_choices(request))
@@ -373,7 +379,10 @@ class LLM(TokenAccess):
         return [completion_of(choices, sampling) for choices in groups]
 
     def _chunks(self, request: Request) -> Generator[Chunk, None, None]:
-        choices = self._engine.add_choices(request)
+        return self._chunks_since(request, self._engine.now())
+
+    def _chunks_since(self, request: Request, called: float) -> Generator[Chunk, None, None]:
+        choices = self._engine.add_choices(request, called)
         try:
             while (chunk := self._engine.next_chunk(*choices)) is not None:
                 yield chunk
@@ -382,7 +391,7 @@ class LLM(TokenAccess):
                 self._engine.abort(sequence)
 
 
-def completion_of(choices: list[Sequence], sampling: SamplingParams) -> Completion:
+def completion_of(choices: Ordered[Sequence], sampling: SamplingParams) -> Completion:
     """Return the result of the finished choices of a request."""
     completions = [each.completion() for each in choices]
     return join_choices(completions, sampling.n, logprobs=sampling.logprobs is not None)

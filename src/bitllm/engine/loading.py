@@ -220,6 +220,7 @@ def model_defaults(suggested: GenerationDefaults, stop_ids: frozenset[int]) -> M
         "top_k": None if suggested.top_k is None else max(0, suggested.top_k),  # some write -1
         "top_p": suggested.top_p,
         "min_p": suggested.min_p,
+        "typical_p": suggested.typical_p,
         "repetition_penalty": suggested.repetition_penalty,
         "max_tokens": suggested.max_new_tokens,
     }

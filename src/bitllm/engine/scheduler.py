@@ -120,32 +120,35 @@ class Scheduler:
         """Drop a sequence and free its blocks; one that is not here is ignored."""
         if sequence.leader is not None:
             _leave(sequence)
-        elif sequence in self._running:
-            self._running.remove(sequence)
-            self._pool.release(sequence.drop_blocks())
-            self._bequeath(sequence)
-        elif sequence in self._waiting:
-            self._waiting.remove(sequence)
-            self._bequeath(sequence)
+            return
+        for here in (self._running, self._waiting):
+            if sequence in here:
+                self._bequeath(sequence)
+                here.remove(sequence)
+                self._pool.release(sequence.drop_blocks())
 
     def _bequeath(self, sequence: Sequence) -> None:
         """Let the first of those who relied on this sequence read the prompt in its place."""
         if sequence.followers:
             heir, *others = sequence.followers
-            sequence.followers = []
-            _lead(heir, others)
             insort(self._waiting, heir, key=_by_rank)
+            _lead(heir, others)
+            sequence.followers = []
 
     def restart(self) -> None:
-        """Take all blocks back, to compute every sequence again: after a step that broke off.
+        """Take all blocks back, to compute every sequence again: after a change that broke off.
 
-        The step may have broken off in the midst of a change here, too: a sequence then stands in
-        two places, for it enters one before it leaves the other.
+        It may have broken off anywhere, here too: a sequence then stands in two places, for it
+        enters one before it leaves the other.
         """
-        unique = dict.fromkeys([*self._running, *self._waiting])
-        for sequence in unique:
+        for sequence in dict.fromkeys([*self._running, *self._waiting]):
+            sequence.restore()
             sequence.drop_blocks()
             _leave(sequence)
+            sequence.followers = [each for each in sequence.followers if each.leader is sequence]
+            if sequence.finished:
+                self._bequeath(sequence)
+        unique = dict.fromkeys([*self._running, *self._waiting])
         self._waiting = sorted((each for each in unique if not each.finished), key=_by_rank)
         self._running = []
         self._pool.reset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,6 +13,7 @@ from bitllm.engine.grammar import GrammarState
 from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, ToolCall, Usage
 from bitllm.engine.readout import Rows, longest_run
 from bitllm.engine.request import Request
+from bitllm.engine.seen import SeenTokens
 from bitllm.engine.text import Detokenizer, TextStream
 from bitllm.engine.tools import parse_calls
 from bitllm.errors import BitllmError, CheckpointError, ConfigError
@@ -23,10 +26,17 @@ class Sequence:
 
     Everything but `token_ids` can be computed again from them: a sequence that loses its blocks
     (`computed` = 0) goes on as if nothing had been, because drawing depends on the request and
-    the position alone.
+    the position alone. So may text and form, where an interrupt has left them behind the tokens
+    (`restore`).
+
+    Args:
+        request: what is asked for.
+        make_detokenizer: returns a fresh detokenizer.
+        choice: which completion of the request this is.
+        rows: where to put what was asked of the rows of the prompt.
 
     Attributes:
-        request: what is asked for.
+        request: as given.
         token_ids: prompt and output.
         computed: leading tokens whose keys and values are in the cache.
         block_ids: KV blocks held, in order of position.
@@ -34,6 +44,7 @@ class Sequence:
         failure: why no further token can be drawn, None if nothing went wrong.
         choice: which completion of the request this is; each has draws of its own.
         rows: what was asked of the rows of the prompt, None if nothing was; its choices share it.
+        seen: the ids that penalties look at, None if there are none.
         form: what may come next by the request's grammar, None if everything may.
         leader: the sequence that reads the prompt for this one too; None once it has, and for the
             leader itself.
@@ -45,7 +56,7 @@ class Sequence:
     def __init__(
         self,
         request: Request,
-        detokenizer: Detokenizer,
+        make_detokenizer: Callable[[], Detokenizer],
         choice: int = 0,
         rows: Rows | None = None,
     ) -> None:
@@ -61,12 +72,12 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.failure: BitllmError | None = None
         self.rows = rows
-        self.form = None if request.grammar is None else request.grammar.start()
-        self.seen = dict.fromkeys(request.prompt_ids, 0) if request.penalised else {}
+        self._make_detokenizer = make_detokenizer
+        self._begin()
+        self._settled = len(self.token_ids)  # tokens that text, form and the like have taken in
         longest = len(request.prompt_ids) + request.max_tokens
         self._table = np.full(self.blocks_for(longest), -1, np.int32)
         self._keys = [root_key(request.prefix_key)]
-        self._stream = TextStream(detokenizer, request.stop_strings)
         self._logprobs: list[TokenLogprob] = []
         self._chunk_start = self.prompt_length
         self._reported = False
@@ -162,24 +173,48 @@ class Sequence:
 
     def append(self, token_id: int, logprob: TokenLogprob | None, now: float) -> None:
         """Add a drawn token and find out whether it is the last."""
-        request = self.request
+        if logprob is not None:
+            self._logprobs.append(logprob)
         self._times[2] = now
         if self.generated == 0:
             self._times[1] = now
-        self.token_ids.append(token_id)
-        if logprob is not None:
-            self._logprobs.append(logprob)
-        if request.penalised:
-            self.seen[token_id] = self.seen.get(token_id, 0) + 1
+        self.token_ids.append(token_id)  # from here on it is drawn: what follows can be done again
+        self._read_token(token_id, self.generated)
+        self._settled = len(self.token_ids)
+
+    def restore(self) -> None:
+        """Make what is a function of the tokens anew, if an interrupt has torn it from them."""
+        del self._logprobs[self.generated :]
+        if self.finished or self._settled == len(self.token_ids):
+            return
+        taken = self._stream.taken
+        self._begin()
+        self._stream.taken = taken
+        for count, token_id in enumerate(self.token_ids[self.prompt_length :], 1):
+            self._read_token(token_id, count)
+        self._settled = len(self.token_ids)
+
+    def _begin(self) -> None:
+        """Set what is a function of the tokens to what it is of the prompt."""
+        request = self.request
+        self.form = None if request.grammar is None else request.grammar.start()
+        self.seen = SeenTokens(request.prompt_ids) if request.penalised else None
+        self._stream = TextStream(self._make_detokenizer(), request.stop_strings)
+
+    def _read_token(self, token_id: int, generated: int) -> None:
+        """Take in the last of so many generated tokens."""
+        request = self.request
+        if self.seen is not None:
+            self.seen.add(token_id)
         if token_id in request.stop_ids:
             self._stream.finish()
             self.finish_reason = "stop"
-        elif self._stream.push(token_id, may_stop=self.generated >= request.min_tokens):
+        elif self._stream.push(token_id, may_stop=generated >= request.min_tokens):
             self.finish_reason = "stop"
         elif self.form is not None and self._completes(self.form, token_id):
             self._stream.finish()
             self.finish_reason = "stop"
-        elif self.generated >= request.max_tokens and self.failure is None:
+        elif generated >= request.max_tokens and self.failure is None:
             self._stream.finish()
             self.finish_reason = "length"
 
@@ -197,6 +232,7 @@ class Sequence:
 
     def expire(self) -> None:
         """End here, with the text so far: its time is up."""
+        self._settled = 0  # until it has ended: text is flushed once only
         self._stream.finish()
         self.finish_reason = "timeout"
 

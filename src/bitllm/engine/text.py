@@ -26,6 +26,9 @@ class TextStream:
     Args:
         detokenizer: source of the characters.
         stops: the stop strings, none of them empty.
+
+    Attributes:
+        taken: how many pieces of the text `take` has given out.
     """
 
     def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...]) -> None:
@@ -33,7 +36,7 @@ class TextStream:
         self._stops = stops
         self._held = ""
         self._released: list[str] = []
-        self._taken = 0
+        self.taken = 0
 
     @property
     def text(self) -> str:
@@ -42,8 +45,8 @@ class TextStream:
 
     def take(self) -> str:
         """Return what was released since the last call."""
-        new = "".join(self._released[self._taken :])
-        self._taken = len(self._released)
+        new = "".join(self._released[self.taken :])
+        self.taken = len(self._released)
         return new
 
     def push(self, token_id: int, *, may_stop: bool) -> bool:

@@ -28,6 +28,7 @@ class GenerationDefaults:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
     bos_token_id: int | None = None
@@ -54,6 +55,7 @@ def read_generation_config(path: Path) -> GenerationDefaults:
         top_k=_integer(file, fields, "top_k"),
         top_p=_number(file, fields, "top_p"),
         min_p=_number(file, fields, "min_p"),
+        typical_p=_number(file, fields, "typical_p"),
         repetition_penalty=_number(file, fields, "repetition_penalty"),
         max_new_tokens=_integer(file, fields, "max_new_tokens"),
         bos_token_id=_integer(file, fields, "bos_token_id"),
