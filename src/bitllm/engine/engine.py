@@ -64,7 +64,10 @@ class Engine:
         # the middle of a step of the same thread. Such aborts wait in `_aborted`.
         self._lock = threading.RLock()
         self._stepping = False
+        self._refusing = False  # no more requests are taken
         self._closed = False
+        self._held: set[Sequence] = set()  # added, and not yet aborted
+        self._last_used = time.perf_counter()
         self._aborted: deque[Sequence] = deque()
         _engines.add(self)
 
@@ -77,6 +80,16 @@ class Engine:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    @property
+    def held(self) -> int:
+        """Sequences that somebody has here: added and not yet aborted, finished or not."""
+        return len(self._held)
+
+    @property
+    def last_used(self) -> float:
+        """When the last of them was aborted, or the engine made, by `time.perf_counter`."""
+        return self._last_used
 
     def add(self, request: Request) -> Sequence:
         """Queue a request of one choice; whoever adds it must `abort` it in the end.
@@ -109,6 +122,7 @@ class Engine:
         ]
         with self._lock:
             self._check_open()
+            self._held.update(choices)
             self._scheduler.add(*choices)
             self._set_deadlines(choices)
         return choices
@@ -190,16 +204,29 @@ class Engine:
         """Undo `hold`, in the same thread or in its copy in a child process."""
         self._lock.release()
 
+    def retire(self) -> bool:
+        """Take no more requests, unless somebody has one here; return whether so. Never waits."""
+        if not self._lock.acquire(blocking=False):
+            return False  # somebody makes a step
+        try:
+            if not self._stepping:
+                self._remove_aborted()
+                self._refusing = not self._held
+            return self._refusing
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
         """Forget all sequences and close the decoder."""
         with self._lock:
+            self._refusing = True
             if not self._closed:
                 self._closed = True
                 self._scheduler.restart()
                 self._decoder.close()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._refusing:
             raise ConfigError(
                 "this model is closed", hint="load it again, or close it after its last use"
             )
@@ -209,6 +236,8 @@ class Engine:
             sequence = self._aborted.popleft()
             self._scheduler.remove(sequence)
             self._deadlines.pop(sequence, None)
+            self._held.discard(sequence)
+            self._last_used = time.perf_counter()
 
     def _set_deadlines(self, choices: list[Sequence]) -> None:
         timeout = choices[0].request.timeout
