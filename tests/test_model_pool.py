@@ -375,6 +375,29 @@ class TestFailures:
             assert models["a"].name == "a"
 
 
+class TestRetiring:
+    """The engine's own part: no request can slip in between looking and closing."""
+
+    def test_not_under_a_request(self, fake: FakeModels) -> None:
+        with pool_of(15) as models:
+            llm = models["a"]
+            stream = llm.stream("x", max_tokens=3)
+            next(stream)
+            assert not llm.engine.retire()
+            assert "".join(map(str, stream)) == "aa"
+            assert llm.engine.retire()
+            with pytest.raises(ConfigError, match="closed"):
+                llm.generate("x", max_tokens=1)
+
+    def test_not_during_a_step(self, fake: FakeModels) -> None:
+        with pool_of(15) as models, ThreadPoolExecutor(1) as threads:
+            llm = models["a"]
+            llm.engine.hold()
+            assert threads.submit(llm.engine.retire).result(5) is False
+            llm.engine.let_go()
+            assert threads.submit(llm.engine.retire).result(5) is True
+
+
 class TestThreads:
     def test_many_ask_and_one_loads(self, fake: FakeModels) -> None:
         fake.on_load = lambda name: time.sleep(0.05)
