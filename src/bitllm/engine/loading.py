@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from bitllm.backends import get_backend
+from bitllm.backends import choose_device, get_backend
 from bitllm.backends.base import LoadOptions
 from bitllm.checkpoint import (
     Checkpoint,
@@ -112,6 +112,7 @@ def load_model(
         admit: called with the model's name and memory plan when everything but the weights has
             been read, and raises if they may not be; None = what the plan itself says.
     """
+    choice = choose_device(settings.device)
     backend = get_backend(settings.device)
     files = resolve_model(ref, revision=revision)
     checkpoint = open_checkpoint(files.path)
@@ -143,6 +144,7 @@ def load_model(
         defaults=defaults,
         plan=plan,
         prefix_cache=settings.prefix_cache,
+        device_reason=choice.reason,
     )
 
 
