@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,15 @@ from typing import Any
 import pytest
 
 import bitllm
-from bitllm import LLM, ConfigError, FormatError, InsufficientMemoryError
+from bitllm import (
+    LLM,
+    BackendUnavailableError,
+    ConfigError,
+    FormatError,
+    InsufficientMemoryError,
+    SamplingParams,
+)
+from bitllm.backends import DEVICE_VARIABLE
 from bitllm.backends.cpu import CpuBackend
 from bitllm.engine import loading
 from bitllm.engine.loading import DEMO_NOTICE, load, model_defaults
@@ -44,6 +54,54 @@ def test_a_loaded_model_tells_about_itself(llm: LLM) -> None:
     assert llm.plan is not None
     assert llm.plan.kv_tokens == 256
     assert llm.defaults.stop_ids == llm.tokenizer.stop_ids
+
+
+def test_it_says_why_it_runs_where_it_does(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(DEVICE_VARIABLE, raising=False)
+    with load(str(model), context=64) as llm:
+        assert "on cpu (" in repr(llm)
+        assert "chosen by auto" in llm.device_reason
+        assert llm.device_reason in repr(llm)
+    monkeypatch.setenv(DEVICE_VARIABLE, "reference")
+    with load(str(model), context=64) as llm:
+        assert "on reference (" in repr(llm)
+        assert f"set by {DEVICE_VARIABLE}" in repr(llm)
+    with load(str(model), context=64, device="cpu") as llm:
+        assert "asked for" in repr(llm)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mlx"])
+def test_a_device_that_is_missing_raises_and_nothing_stands_in_for_it(
+    model: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BackendUnavailableError, match=f"no {device} backend") as caught:
+        load(str(model), device=device)
+    assert caught.value.hint
+    monkeypatch.setenv(DEVICE_VARIABLE, device)
+    with pytest.raises(BackendUnavailableError, match=f"set by {DEVICE_VARIABLE}"):
+        load(str(model))
+
+
+def test_a_native_module_that_is_missing_raises_with_the_install_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitllm.backends.cpu", None)
+    with pytest.raises(BackendUnavailableError, match="cpu backend") as caught:
+        load(str(model))
+    assert "pip install bitllm" in str(caught.value.hint)
+
+
+def test_a_model_is_a_function_from_text_to_text(llm: LLM) -> None:
+    expected = llm.generate("hello", max_tokens=9, stop="x").text
+    assert llm("hello", max_tokens=9, stop="x") == expected
+    write = functools.partial(llm, params=SamplingParams(max_tokens=5))
+    assert [*map(write, ["a", "b"])] == [
+        each.text for each in llm.generate(["a", "b"], max_tokens=5)
+    ]
+    with pytest.raises(ConfigError, match="one prompt"):
+        llm(["a", "b"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="max_tokns"):
+        llm("a", max_tokns=5)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from bitllm.config import EngineOptions as EngineOptions
     from bitllm.config import SamplingParams as SamplingParams
     from bitllm.engine.async_llm import AsyncLLM as AsyncLLM
+    from bitllm.engine.async_model_pool import AsyncModelPool as AsyncModelPool
     from bitllm.engine.llm import LLM as LLM
     from bitllm.engine.loading import load as load
+    from bitllm.engine.model_pool import LoadedModel as LoadedModel
+    from bitllm.engine.model_pool import ModelPool as ModelPool
     from bitllm.engine.outputs import Chunk as Chunk
     from bitllm.engine.outputs import Completion as Completion
     from bitllm.engine.outputs import Score as Score
@@ -49,8 +52,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "bitllm.config": ("EngineOptions", "SamplingParams"),
     "bitllm.engine.async_llm": ("AsyncLLM",),
+    "bitllm.engine.async_model_pool": ("AsyncModelPool",),
     "bitllm.engine.llm": ("LLM",),
     "bitllm.engine.loading": ("load",),
+    "bitllm.engine.model_pool": ("LoadedModel", "ModelPool"),
     "bitllm.engine.outputs": ("Chunk", "Completion", "Score", "TokenLogprob", "ToolCall", "Usage"),
     "bitllm.engine.stats": ("EngineStats",),
     "bitllm.errors": (
@@ -79,6 +84,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "AsyncModelPool",
     "BackendUnavailableError",
     "BitllmError",
     "ChatTemplateError",
@@ -92,9 +98,11 @@ __all__ = [
     "EngineStats",
     "FormatError",
     "InsufficientMemoryError",
+    "LoadedModel",
     "MeasurementError",
     "MissingTensorError",
     "ModelNotFoundError",
+    "ModelPool",
     "NotTernaryError",
     "QuantizationError",
     "SamplingParams",

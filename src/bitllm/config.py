@@ -25,6 +25,7 @@ __all__ = [
     "PackingName",
     "SamplingParams",
     "as_integer",
+    "as_number",
     "parse_size",
 ]
 
@@ -187,7 +188,7 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise ConfigError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         checked = {
-            as_integer("logit_bias", token, low=0): _as_number("logit_bias", value)
+            as_integer("logit_bias", token, low=0): as_number("logit_bias", value)
             for token, value in self.logit_bias.items()
         }
         object.__setattr__(self, "logit_bias", checked)
@@ -386,7 +387,7 @@ def _number(
 ) -> None:
     value = getattr(owner, name)
     if not (optional and value is None):
-        checked = _as_number(name, value, low=low, high=high, above=above)
+        checked = as_number(name, value, low=low, high=high, above=above)
         object.__setattr__(owner, name, checked)
 
 
@@ -395,7 +396,7 @@ def _boolean(owner: object, name: str) -> None:
         raise ConfigError(f"{name} must be True or False, got {getattr(owner, name)!r}")
 
 
-def _as_number(
+def as_number(
     name: str,
     value: Any,
     *,
@@ -403,6 +404,11 @@ def _as_number(
     high: float = math.inf,
     above: bool = False,
 ) -> float:
+    """Return `value` as a float that is finite and in the range of float32.
+
+    Raises:
+        ConfigError: `name` is no such number, or out of range.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigError(f"{name} must be a number, got {value!r}")
     try:

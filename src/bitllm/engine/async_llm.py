@@ -247,6 +247,11 @@ class AsyncLLM:
         self._readers.shutdown(wait=False)
         self._finalizer.detach()
 
+    def close(self) -> None:
+        """Do what `aclose` does, for code without an event loop; waits for the step under way."""
+        self._finalizer()
+        self._readers.shutdown(wait=False)
+
     async def __aenter__(self) -> Self:
         return self
 

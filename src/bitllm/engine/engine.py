@@ -84,7 +84,10 @@ class Engine:
         # the middle of a step of the same thread. Such aborts wait in `_aborted`.
         self._lock = threading.RLock()
         self._changing = False
+        self._refusing = False  # no more requests are taken
         self._closed = False
+        self._held: set[Sequence] = set()  # added, and not yet aborted
+        self._last_used = time.perf_counter()
         self._aborted: deque[Sequence] = deque()
         self._owners: dict[int, _Owner] = {}  # by their ids: choices are a list, without a hash
         self._left: deque[weakref.ref[Choices]] = deque()  # owners of what nobody holds any more
@@ -99,6 +102,16 @@ class Engine:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    @property
+    def held(self) -> int:
+        """Sequences that somebody has here: added and not yet aborted, finished or not."""
+        return len(self._held)
+
+    @property
+    def last_used(self) -> float:
+        """When the last of them was aborted, or the engine made, by `time.perf_counter`."""
+        return self._last_used
 
     def add(self, request: Request) -> Sequence:
         """Queue a request of one choice; whoever adds it must `abort` it in the end.
@@ -154,6 +167,7 @@ class Engine:
         with self._lock:
             self._check_open()
             with self._change():
+                self._held.update(choices)
                 self._scheduler.add(*choices)
                 self._set_deadlines(choices, self._clock() if since is None else since)
         return choices
@@ -237,16 +251,28 @@ class Engine:
         """Undo `hold`, in the same thread or in its copy in a child process."""
         self._lock.release()
 
+    def retire(self) -> bool:
+        """Take no more requests, unless somebody has one here; return whether so. Never waits."""
+        if not self._lock.acquire(blocking=False):
+            return False  # somebody makes a step
+        try:
+            self._settle()
+            self._refusing = not self._held
+            return self._refusing
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
         """Forget all sequences and close the decoder."""
         with self._lock:
+            self._refusing = True
             if not self._closed:
                 self._closed = True
                 self._scheduler.restart()
                 self._decoder.close()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._refusing:
             raise ConfigError(
                 "this model is closed", hint="load it again, or close it after its last use"
             )
@@ -290,6 +316,8 @@ class Engine:
     def _remove(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         self._deadlines.pop(sequence, None)
+        self._held.discard(sequence)
+        self._last_used = time.perf_counter()
 
     def _set_deadlines(self, choices: list[Sequence], since: float) -> None:
         timeout = choices[0].request.timeout

@@ -93,6 +93,7 @@ class LLM(TokenAccess):
         defaults: what the model says about its own generation.
         plan: the memory budget it was loaded under, if one was made.
         prefix_cache: as in `EngineOptions`.
+        device_reason: why it runs where it does, in words; "" = nobody says.
 
     Attributes:
         name: as given.
@@ -100,6 +101,7 @@ class LLM(TokenAccess):
         context: as given.
         defaults: as given.
         plan: as given.
+        device_reason: as given.
         spec: the architecture.
         info: what it runs on.
     """
@@ -115,12 +117,14 @@ class LLM(TokenAccess):
         defaults: ModelDefaults | None = None,
         plan: MemoryPlan | None = None,
         prefix_cache: bool = True,
+        device_reason: str = "",
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.context = context
         self.defaults = ModelDefaults() if defaults is None else defaults
         self.plan = plan
+        self.device_reason = device_reason
         self.spec: ModelSpec = decoder.spec
         self.info: DecoderInfo = decoder.info
         self._grammars = GrammarCompiler(tokenizer, self.spec.vocab_size)
@@ -176,6 +180,22 @@ class LLM(TokenAccess):
             return self._complete([self.prepare(prompt, sampling)], sampling)[0]
         prompts = cast("list[Prompt]", prompt)
         return self._complete([self.prepare(each, sampling) for each in prompts], sampling)
+
+    def __call__(
+        self,
+        prompt: Prompt,
+        *,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> str:
+        """Continue one prompt and return the text alone; arguments and errors as in `generate`.
+
+        So a model is a function from text to text, which is what frameworks take;
+        `functools.partial(llm, max_tokens=64)` sets options for all calls.
+        """
+        if not is_one(prompt):
+            raise ConfigError("a call takes one prompt", hint="use generate for a list of prompts")
+        return self.generate(prompt, params=params, **options).text
 
     def stream(
         self,
@@ -339,8 +359,9 @@ class LLM(TokenAccess):
     def __repr__(self) -> str:
         state = ", closed" if self._engine.closed else ""
         threads = "1 thread" if self.info.threads == 1 else f"{self.info.threads} threads"
+        reason = f", {self.device_reason}" if self.device_reason else ""
         return (
-            f"<LLM {self.name!r} on {self.info.backend} ({self.info.kernel}, {threads}), "
+            f"<LLM {self.name!r} on {self.info.backend} ({self.info.kernel}, {threads}){reason}, "
             f"context {self.context}, defaults: {describe_defaults(self.defaults)}, "
             f"stop_ids={sorted(self.defaults.stop_ids)}{state}>"
         )

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from bitllm.backends import get_backend
+from bitllm.backends import choose_device, get_backend
 from bitllm.backends.base import LoadOptions
 from bitllm.checkpoint import (
     Checkpoint,
@@ -22,7 +22,7 @@ from bitllm.checkpoint import (
 )
 from bitllm.config import EngineOptions, HeadName, KvDtype, PackingName, SamplingParams
 from bitllm.engine.llm import LLM
-from bitllm.engine.memory_plan import plan_memory
+from bitllm.engine.memory_plan import MemoryPlan, plan_memory
 from bitllm.engine.request import ModelDefaults
 from bitllm.errors import ConfigError, FormatError
 from bitllm.formats import (
@@ -35,7 +35,7 @@ from bitllm.formats import (
 )
 from bitllm.tokenizer import Tokenizer, gguf_tokenizer, load_tokenizer, read_backend
 
-__all__ = ["EngineKeywords", "load", "model_defaults", "open_tokenizer"]
+__all__ = ["EngineKeywords", "load", "load_model", "model_defaults", "open_tokenizer"]
 
 DEMO_NOTICE = (
     "bitllm: no model named, so this is the small demo model that comes with the package; "
@@ -89,15 +89,40 @@ def load(
         InsufficientMemoryError: the model does not fit; raised before its weights are read.
     """
     settings = EngineOptions.from_options(options)
-    backend = get_backend(settings.device)
-    files = resolve_model(ref, revision=revision)
     if ref is None:
         print(DEMO_NOTICE, file=sys.stderr)
+    return load_model(ref, settings, revision=revision, progress=progress)
+
+
+def load_model(
+    ref: str | PathLike[str] | None,
+    settings: EngineOptions,
+    *,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    admit: Callable[[str, MemoryPlan], None] | None = None,
+) -> LLM:
+    """Load a model; arguments and errors as of `load`.
+
+    Args:
+        ref: as in `load`.
+        settings: its options.
+        revision: as in `load`.
+        progress: as in `load`.
+        admit: called with the model's name and memory plan when everything but the weights has
+            been read, and raises if they may not be; None = what the plan itself says.
+    """
+    choice = choose_device(settings.device)
+    backend = get_backend(settings.device)
+    files = resolve_model(ref, revision=revision)
     checkpoint = open_checkpoint(files.path)
     plan = plan_memory(checkpoint, settings)
-    plan.check(files.name)
+    if admit is None:
+        plan.check(files.name)
     tokenizer = open_tokenizer(files.path)
     defaults = model_defaults(read_generation_config(files.path), tokenizer.stop_ids)
+    if admit is not None:
+        admit(files.name, plan)
     decoder = backend.load(
         checkpoint if progress is None else _counted(checkpoint, progress),
         LoadOptions(
@@ -119,6 +144,7 @@ def load(
         defaults=defaults,
         plan=plan,
         prefix_cache=settings.prefix_cache,
+        device_reason=choice.reason,
     )
 
 
