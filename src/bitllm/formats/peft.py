@@ -56,6 +56,7 @@ _REFUSED = {
     "kasa_config": "changed base weights (KaSA)",
     "monteclora_config": "sampled matrices (MonteCLoRA)",
 }
+_SMALLEST_SCALE, _LARGEST_SCALE = 1e-30, 1e30  # float32 holds them, and some room
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 # Patterns are regular expressions in PEFT. Those of a hostile file could take for ever, so only
@@ -200,7 +201,7 @@ def _update(
     alpha = _of_module(config, "alpha_pattern", module)
     alpha = config.positive("lora_alpha", default=8.0) if alpha is None else alpha
     scale = alpha / (math.sqrt(rank) if config.switch("use_rslora") else rank)
-    if not np.float32(1e-30) < scale < np.finfo(np.float32).max:
+    if not _SMALLEST_SCALE < scale < _LARGEST_SCALE:
         raise config.fail("lora_alpha", "a number that gives a scale within float32")
     return LowRankUpdate(a, b, scale)
 
