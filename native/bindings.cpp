@@ -11,6 +11,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -118,6 +119,11 @@ class BoundDecoder {
     Decoder core_;
 };
 
+// An adapter, which decoders keep alive.
+struct BoundAdapter {
+    std::shared_ptr<Adapter> core;
+};
+
 using I32 = Vector<const int32_t>;
 using F32 = Vector<const float>;
 
@@ -219,6 +225,34 @@ void forward(BoundDecoder& decoder, const I32& token_ids, const I32& positions,
     decoder.core().forward(input, output);
 }
 
+std::span<const std::byte> bytes_of(const Matrix<const uint8_t>& matrix) {
+    return {reinterpret_cast<const std::byte*>(matrix.data()), matrix.shape(0) * matrix.shape(1)};
+}
+
+void bind_adapter(nb::module_& module) {
+    nb::class_<BoundAdapter>(module, "Adapter", "Low-rank matrices, copied one pair at a time.")
+        .def(
+            "__init__",
+            [](BoundAdapter* self, size_t layers, size_t nbytes) {
+                new (self) BoundAdapter{std::make_shared<Adapter>(layers, nbytes)};
+            },
+            "layers"_a, "nbytes"_a, "nbytes: what all matrices take, each rounded up to 64 bytes.")
+        .def(
+            "set",
+            [](BoundAdapter& self, size_t layer, const std::string& name,
+               const Matrix<const uint8_t>& a, const std::string& a_dtype,
+               const Matrix<const uint8_t>& b, const std::string& b_dtype, float scale) {
+                const LinearName which = linear_name(name);
+                const ValueType a_type = float_type(a_dtype), b_type = float_type(b_dtype);
+                const size_t rank = a.shape(0), in = a.shape(1) / size_of(a_type);
+                const nb::gil_scoped_release released;
+                self.core->set(layer, which, b.shape(0), in, rank, scale, bytes_of(a), a_type,
+                               bytes_of(b), b_type);
+            },
+            "layer"_a, "name"_a, "a"_a.noconvert(), "a_dtype"_a, "b"_a.noconvert(), "b_dtype"_a,
+            "scale"_a, "Copy the bytes of A [rank, in] and B [out, rank]; dtypes as in set_head.");
+}
+
 void bind_decoder(nb::module_& module) {
     nb::class_<BoundDecoder>(module, "Decoder",
                              "A model on the CPU: built piece by piece, then prepare()d.")
@@ -312,6 +346,27 @@ void bind_decoder(nb::module_& module) {
         .def(
             "prepare", [](BoundDecoder& self) { self.core().prepare(); },
             "Check that the model is whole; take KV storage and scratch.")
+        .def(
+            "load_adapter",
+            [](BoundDecoder& self, const BoundAdapter& adapter) {
+                const nb::gil_scoped_release released;
+                return self.core().load_adapter(adapter.core);
+            },
+            "adapter"_a, "Return the slot of the adapter, for adapter_slots of forward.")
+        .def(
+            "unload_adapter",
+            [](BoundDecoder& self, size_t slot) {
+                const nb::gil_scoped_release released;
+                self.core().unload_adapter(slot);
+            },
+            "slot"_a)
+        .def(
+            "more_adapter_scratch",
+            [](BoundDecoder& self, size_t rank) {
+                const nb::gil_scoped_release released;
+                return self.core().more_adapter_scratch(rank);
+            },
+            "rank"_a, "Bytes of scratch that adapters of this rank need beside those loaded now.")
         .def("forward", &forward, "token_ids"_a.noconvert(), "positions"_a.noconvert(),
              "run_offsets"_a.noconvert(), "block_tables"_a.noconvert(),
              "adapter_slots"_a.noconvert(), "output_rows"_a.noconvert(),
@@ -647,6 +702,7 @@ void bind_machine(nb::module_& module) {
 
 NB_MODULE(_native, module) {
     module.doc() = "The native core of bitllm; private: use bitllm.backends.cpu and bitllm.ops.";
+    bitllm::bind_adapter(module);
     bitllm::bind_decoder(module);
     bitllm::bind_plan(module);
     bitllm::bind_prepared(module);

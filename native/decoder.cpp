@@ -280,8 +280,8 @@ void Decoder::check(const StepInput& input) const {
            "run_offsets must rise from 0 to the number of tokens");
     demand(input.adapter_slots.size() + 1 == input.run_offsets.size() &&
                std::all_of(input.adapter_slots.begin(), input.adapter_slots.end(),
-                           [](int32_t slot) { return slot == -1; }),
-           "adapter_slots must be -1 for each run");
+                           [this](int32_t slot) { return slot == -1 || slot_is_loaded(slot); }),
+           "adapter_slots must be -1, or a slot in use, for each run");
     demand(all_below(input.token_ids.data(), tokens, model_.vocab),
            "a token id is outside the vocabulary");
     for (size_t run = 0; run + 1 < input.run_offsets.size(); ++run) {

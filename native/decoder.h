@@ -14,13 +14,16 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <span>
 #include <vector>
 
+#include "adapter.h"
 #include "head_screen.h"
 #include "kernels/kernels.h"
+#include "linear_name.h"
 #include "memory.h"
 #include "packing.h"
 #include "rounded_head.h"
@@ -37,6 +40,7 @@ inline constexpr size_t ROW_GRAIN = 16;
 // What a worker can hold of a product, and rows it unpacks together.
 inline constexpr size_t ACCUMULATORS = 4096;
 inline constexpr size_t ROW_TILE = 32;
+inline constexpr size_t LINEARS_OF_A_STAGE = 3;  // that share an input: q, k and v
 
 struct ModelConfig {
     size_t vocab = 0;
@@ -74,9 +78,6 @@ struct Linear {
     std::vector<float> norm;            // [in]
     float norm_eps = 0.0f;
 };
-
-enum class LinearName : uint8_t { Q, K, V, O, GATE, UP, DOWN };
-inline constexpr size_t LINEAR_COUNT = 7;
 
 enum class VectorName : uint8_t {
     ATTN_NORM,
@@ -174,6 +175,14 @@ class Decoder {
     // Checks that the model is whole and takes scratch and KV storage; once. Throws
     // std::invalid_argument, std::bad_alloc.
     void prepare();
+
+    // Takes an adapter and returns its slot, the lowest that is free. Throws std::invalid_argument
+    // where it does not fit the model, std::bad_alloc; then nothing has changed.
+    size_t load_adapter(std::shared_ptr<const Adapter> adapter);
+    // Throws std::out_of_range where the slot is empty.
+    void unload_adapter(size_t slot);
+    // Bytes of scratch that adapters of this rank need beside those loaded now.
+    size_t more_adapter_scratch(size_t rank);
 
     // One step. Steps of several threads queue. Throws std::invalid_argument for a batch that
     // contradicts itself or the model; then nothing was written. Throws std::overflow_error, naming
@@ -299,6 +308,14 @@ class Decoder {
         std::optional<Sampler> sampler;
     };
 
+    // What steps with adapters need besides: as much as the largest rank asks for.
+    struct AdapterScratch {
+        size_t rank = 0;
+        Arena arena{0};
+        float* inputs = nullptr;  // [tokens][input_width_]: what the linears of a stage are given
+        float* low = nullptr;     // [tokens][LINEARS_OF_A_STAGE][rank]: A x of each of them
+    };
+
     Decoder(const Kernels& kernels, ModelConfig model, RuntimeConfig runtime, ThreadPool& crowd);
     HeadKind chosen_head(HeadKind kind, ValueType type) const;
     void demand_building() const;
@@ -309,8 +326,10 @@ class Decoder {
     void check_layer(size_t index) const;
     void lay_out_kv();
     size_t plan_scratch(Arena* arena);
+    size_t plan_adapters(Arena* arena, AdapterScratch& scratch) const;
 
     void check(const StepInput& input) const;
+    bool slot_is_loaded(int32_t slot) const;
     void check_outputs(const StepInput& input, const StepOutput& output) const;
     void check_plan(const SamplePlan& plan) const;
 
@@ -330,8 +349,15 @@ class Decoder {
                         const float* x, const float* norm, Workspace& own);
     void store_input(const Layer& layer, const float* x, size_t n, InputType type, size_t token,
                      const Inputs& inputs);
+    const Adapter* adapter_of(size_t token) const;
+    const LowRank* update_of(const Layer& layer, LinearName name, size_t token) const;
+    float* low_of(size_t token, LinearName name) const;
+    void read_adapters(const Layer& layer, std::span<const LinearName> names, int worker);
+    void add_adapters(const Layer& layer, LinearName name, Range rows, float* out, size_t stride);
     void multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride,
                   Workspace& own);
+    void multiply_rows(const Linear& linear, const Inputs& input, Range rows, float* out,
+                       size_t stride, Workspace& own);
     void multiply_token(const Linear& linear, const Inputs& input, Range rows, float* out,
                         Workspace& own);
     void multiply_tokens(const Linear& linear, const Inputs& input, Range rows, float* out,
@@ -394,8 +420,11 @@ class Decoder {
     std::vector<RopeTable> rope_tables_;
     std::optional<BlockStorage> kv_;
     std::optional<Arena> arena_;
+    std::vector<std::shared_ptr<const Adapter>> adapters_;  // by slot; empty ones are null
+    AdapterScratch adapter_scratch_;
 
     // Scratch, taken from arena_ by plan_scratch(); `tokens` is max_batch_tokens.
+    size_t input_width_ = 0;  // of the widest input of a linear
     size_t logit_rows_ = 0;
     float* residual_ = nullptr;   // [tokens][hidden]
     float* block_out_ = nullptr;  // [tokens][hidden]: what o and down give
@@ -427,6 +456,7 @@ class Decoder {
     size_t tokens_ = 0;
     size_t tile_count_ = 0;
     bool shares_chunks_ = false;
+    bool adapts_ = false;  // some run asks for an adapter
 };
 
 }  // namespace bitllm

@@ -58,6 +58,8 @@ void Decoder::prepare_inputs(const Layer& layer, std::span<const LinearName> nam
         kernels_.rms_norm(x, norm, n, layer.config.norm_eps, own.row);
         x = own.row;
     }
+    if (adapts_ && adapter_of(token))
+        std::copy_n(x, n, adapter_scratch_.inputs + token * input_width_);
     for (const InputType type : {InputType::INT8, InputType::FLOAT}) {
         const auto shares = [&](LinearName name) {
             return layer.linear(name).norm.empty() && layer.linear(name).input == type;
@@ -83,11 +85,18 @@ void Decoder::store_input(const Layer& layer, const float* x, size_t n, InputTyp
         std::copy_n(x, n, inputs.floats + token * n);
 }
 
-// Rows of y = product + bias for all tokens; out has one row of `stride` values a token.
+// Rows of y = product + bias + what adapters add, for all tokens; out has one row of `stride`
+// values a token.
 void Decoder::multiply(const Layer& layer, LinearName name, Range rows, float* out, size_t stride,
                        Workspace& own) {
     const Linear& linear = layer.linear(name);
-    const Inputs& input = inputs_[linear.norm.empty() ? 0 : own_input(name)];
+    multiply_rows(linear, inputs_[linear.norm.empty() ? 0 : own_input(name)], rows, out, stride,
+                  own);
+    if (adapts_) add_adapters(layer, name, rows, out, stride);
+}
+
+void Decoder::multiply_rows(const Linear& linear, const Inputs& input, Range rows, float* out,
+                            size_t stride, Workspace& own) {
     const bool floats = linear.input == InputType::FLOAT;
     const bool whole_rows = linear.group == 0 && !floats;
     const size_t row_tile = tokens_ == 1 && whole_rows ? ACCUMULATORS : ROW_TILE;

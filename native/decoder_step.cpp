@@ -43,6 +43,7 @@ size_t Decoder::plan_scratch(Arena* arena) {
         }
     }
     const size_t tokens = runtime_.max_batch_tokens;
+    input_width_ = input_width;
     logit_rows_ =
         std::min(tokens, std::max<size_t>(LOGIT_ROWS, static_cast<size_t>(runtime_.threads)));
 
@@ -108,6 +109,8 @@ void Decoder::forward(const StepInput& input, const StepOutput& output) {
             tiles_[tile_count_++] = {static_cast<uint32_t>(first),
                                      static_cast<uint32_t>(std::min(TILE_TOKENS, end - first))};
     }
+    adapts_ = std::any_of(input.adapter_slots.begin(), input.adapter_slots.end(),
+                          [](int32_t slot) { return slot >= 0; });
     shares_chunks_ = plan_chunks();
     pool_ = &pool_for(input);
     spoilt_layer_.store(layers_.size(), std::memory_order_relaxed);
@@ -201,6 +204,10 @@ void Decoder::attention_block(const Layer& layer, int worker, Workspace& own) {
         prepare_inputs(layer, QKV, token, residual_ + token * model_.hidden,
                        layer.vector(VectorName::ATTN_NORM), own);
     end_stage(Stage::QUANTIZE, worker);
+    if (adapts_) {
+        read_adapters(layer, QKV, worker);
+        end_stage(Stage::QKV, worker);
+    }
     project(layer, worker, own);
     end_stage(Stage::QKV, worker);
     turn_and_store(layer, worker, own);
@@ -211,6 +218,10 @@ void Decoder::attention_block(const Layer& layer, int worker, Workspace& own) {
         prepare_inputs(layer, OUT, token, work_ + token * stride,
                        layer.vector(VectorName::ATTN_SUB_NORM), own);
     end_stage(Stage::QUANTIZE, worker);
+    if (adapts_) {
+        read_adapters(layer, OUT, worker);
+        end_stage(Stage::O, worker);
+    }
     multiply_all(layer, LinearName::O, block_out_, worker, own);
     end_stage(Stage::O, worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
@@ -225,12 +236,20 @@ void Decoder::ffn_block(const Layer& layer, int worker, Workspace& own) {
         prepare_inputs(layer, GATE_UP, token, residual_ + token * model_.hidden,
                        layer.vector(VectorName::FFN_NORM), own);
     end_stage(Stage::QUANTIZE, worker);
+    if (adapts_) {
+        read_adapters(layer, GATE_UP, worker);
+        end_stage(Stage::GATE_UP, worker);
+    }
     expand(layer, worker, own);
     end_stage(Stage::GATE_UP, worker);
     for (size_t token = mine.begin; token < mine.end; ++token)
         prepare_inputs(layer, DOWN, token, work_ + token * stride,
                        layer.vector(VectorName::FFN_SUB_NORM), own);
     end_stage(Stage::QUANTIZE, worker);
+    if (adapts_) {
+        read_adapters(layer, DOWN, worker);
+        end_stage(Stage::DOWN, worker);
+    }
     multiply_all(layer, LinearName::DOWN, block_out_, worker, own);
     end_stage(Stage::DOWN, worker);
     for (size_t token = mine.begin; token < mine.end; ++token)

@@ -20,6 +20,7 @@ class Run:
     ids: Sequence[int]
     start: int = 0
     blocks: Sequence[int] = range(8)
+    adapter: int = -1
 
 
 def make_batch(
@@ -42,7 +43,7 @@ def make_batch(
         ),
         run_offsets=np.cumsum([0, *lengths], dtype=np.int32),
         block_tables=tables,
-        adapter_slots=np.full(len(runs), -1, np.int32),
+        adapter_slots=np.array([run.adapter for run in runs], np.int32),
         output_rows=wanted.astype(np.int32),
         output_kinds=np.full(len(wanted), kind, np.uint8),
         **fields,
@@ -54,12 +55,14 @@ def prompt_ids(count: int, vocab: int, seed: int = 0) -> list[int]:
     return [int(word % vocab) for word in random_words(seed, "prompt", count)]
 
 
-def logits_of(decoder: Decoder, ids: Sequence[int], cuts: Sequence[int] = ()) -> np.ndarray:
+def logits_of(
+    decoder: Decoder, ids: Sequence[int], cuts: Sequence[int] = (), adapter: int = -1
+) -> np.ndarray:
     """Logits of every token of a prompt, fed in one piece or cut before the given positions."""
     edges = [0, *cuts, len(ids)]
     blocks = range(-(-len(ids) // KV_BLOCK_SIZE))
     parts = [
-        decoder.forward(make_batch([Run(ids[start:end], start, blocks)])).logits
+        decoder.forward(make_batch([Run(ids[start:end], start, blocks, adapter)])).logits
         for start, end in itertools.pairwise(edges)
     ]
     return np.concatenate(parts)

@@ -2,7 +2,8 @@
 
 Its keys and values are the token ids themselves: a row's logits depend on every token that the
 block table leads to, and on nothing else. So a wrong block, a lost token or a wrong position shows
-in the text, as it would with a real model.
+in the text, as it would with a real model. With an adapter they are the ids plus a number of it, so
+that keys and values of another adapter show too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bitllm.adapter import Adapter
 from bitllm.backends.base import (
     KV_BLOCK_SIZE,
     Batch,
@@ -24,6 +26,7 @@ from bitllm.backends.base import (
 from bitllm.checkpoint import LayerSpec, LinearSpec, ModelSpec, RopeSpec
 
 NOTHING = -1
+ADAPTED = 1_000_000
 
 
 def fake_spec(vocab_size: int = 258, max_context: int = 256) -> ModelSpec:
@@ -80,21 +83,24 @@ class FakeDecoder:
         self.steps: list[Batch] = []
         self.closed = False
         self.on_step: Callable[[], None] = lambda: None
+        self.adapters: dict[int, int] = {}  # slot -> a number that no two loads share
+        self._loads = 0
         self._next_token = next_token
         self._cache = np.full((blocks, KV_BLOCK_SIZE), NOTHING, np.int64)
 
     def forward(self, batch: Batch) -> StepOutput:
         assert not self.closed
-        check_batch(batch, self.spec, self.kv_capacity, self.max_batch_tokens)
+        check_batch(batch, self.spec, self.kv_capacity, self.max_batch_tokens, self.adapters)
         self.steps.append(batch)
         self.on_step()
         rows: list[list[int]] = []
         for run in range(len(batch.run_offsets) - 1):
             table = batch.block_tables[run]
+            added = ADAPTED * self.adapters.get(int(batch.adapter_slots[run]), 0)
             for row in range(batch.run_offsets[run], batch.run_offsets[run + 1]):
                 position = int(batch.positions[row])
                 block, offset = divmod(position, KV_BLOCK_SIZE)
-                self._cache[table[block], offset] = batch.token_ids[row]
+                self._cache[table[block], offset] = batch.token_ids[row] + added
                 prefix = self._cache[table[: block + 1]].reshape(-1)[: position + 1]
                 assert (prefix != NOTHING).all(), "attention reads a position never written"
                 rows.append(prefix.tolist())
@@ -145,6 +151,18 @@ class FakeDecoder:
             top_ids,
             top_logprobs,
         )
+
+    def load_adapter(self, adapter: Adapter) -> int:
+        self._loads += 1
+        slot = min(set(range(len(self.adapters) + 1)) - set(self.adapters))
+        self.adapters[slot] = self._loads
+        return slot
+
+    def unload_adapter(self, slot: int) -> None:
+        del self.adapters[slot]
+
+    def adapter_bytes(self, adapter: Adapter) -> int:
+        return adapter.nbytes
 
     def close(self) -> None:
         self.closed = True

@@ -7,11 +7,13 @@ model comes out on each platform and with each version of NumPy.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from bitllm.adapter import Adapter, LowRankUpdate
 from bitllm.backends.numerics import philox4x32
 from bitllm.checkpoint import (
     LINEAR_NAMES,
@@ -201,3 +203,26 @@ def random_checkpoint(
         scales = scales * np.float32(magnitude)
         ternary[name] = TernaryMatrix.from_codes(codes, np.asarray(scales), group_size)
     return Checkpoint(spec, MemorySource(dense, ternary), "synthetic model")
+
+
+def random_adapter(
+    spec: ModelSpec,
+    seed: int = 0,
+    *,
+    rank: int = 5,
+    dtype: str = "f32",
+    linears: Collection[str] = LINEAR_NAMES,
+    layers: Collection[int] | None = None,
+    scale: float = 0.75,
+) -> Adapter:
+    """An adapter whose sums are of the size of the products that they are added to."""
+    updates = {}
+    for name, linear in spec.linear_names():
+        _, layer, which = name.split(".")
+        if which not in linears or (layers is not None and int(layer) not in layers):
+            continue
+        a = random_uniform(seed, name + ".a", (rank, linear.in_features))
+        b = random_uniform(seed, name + ".b", (linear.out_features, rank))
+        a, b = (each / np.float32(each.shape[1] ** 0.5) for each in (a, b))
+        updates[name] = LowRankUpdate(dense_tensor(a, dtype), dense_tensor(b, dtype), scale)
+    return Adapter(f"adapter of seed {seed}", updates)

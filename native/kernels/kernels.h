@@ -132,7 +132,7 @@ struct Kernels {
 
     // Merges a block into running sums: out[i * n + d] = out[i * n + d] * keep[i] + (sum over begin
     // <= j < end in order of w[i * KV_BLOCK_SIZE + j] * float(values[j][d])) * join[i]. `ahead`: as
-    // above, behind the values.
+    // above, behind the values. end <= KV_BLOCK_SIZE, but for one query it may be anything.
     void (*weighted_values)(const float* w, size_t queries, const void* values, ValueType type,
                             size_t begin, size_t end, size_t n, const float* keep,
                             const float* join, uintptr_t ahead, float* out);

@@ -151,6 +151,27 @@ std::vector<int32_t> prompt(size_t count) {
     return ids;
 }
 
+// A random adapter of every linear but one, in each type of values.
+std::shared_ptr<const Adapter> adapter_of(size_t rank, int seed) {
+    Random random(seed);
+    constexpr size_t query = HEADS * HEAD_DIM, kv = KV_HEADS * HEAD_DIM;
+    const size_t shapes[LINEAR_COUNT][2] = {{query, HIDDEN}, {kv, HIDDEN},  {kv, HIDDEN},
+                                            {HIDDEN, query}, {FFN, HIDDEN}, {FFN, HIDDEN},
+                                            {HIDDEN, FFN}};
+    constexpr ValueType types[] = {ValueType::F32, ValueType::BF16, ValueType::F16};
+    auto adapter = std::make_shared<Adapter>(LAYERS, size_t{1} << 22);
+    for (size_t layer = 0; layer < LAYERS; ++layer) {
+        for (size_t i = 0; i < LINEAR_COUNT - layer; ++i) {
+            const auto [out, in] = shapes[i];
+            const ValueType a_type = types[i % 3], b_type = types[(i + layer) % 3];
+            const auto a = random.stored(a_type, rank * in), b = random.stored(b_type, out * rank);
+            adapter->set(layer, static_cast<LinearName>(i), out, in, rank, 0.01f, a, a_type, b,
+                         b_type);
+        }
+    }
+    return adapter;
+}
+
 // Tokens from..to of a prompt as a batch of one run; every row wants one kind of output.
 struct Step {
     std::vector<int32_t> ids, positions, rows, offsets, slots = {-1},
@@ -186,12 +207,13 @@ struct Step {
 };
 
 std::vector<float> logits_of(Decoder& decoder, const std::vector<int32_t>& ids,
-                             const std::vector<size_t>& cuts) {
+                             const std::vector<size_t>& cuts, int32_t slot = -1) {
     std::vector<float> logits(ids.size() * VOCAB);
     size_t from = 0;
     for (size_t i = 0; i <= cuts.size(); ++i) {
         const size_t to = i < cuts.size() ? cuts[i] : ids.size();
-        const Step step(ids, from, to, OutputKind::LOGITS);
+        Step step(ids, from, to, OutputKind::LOGITS);
+        step.slots[0] = slot;
         StepOutput output;
         output.logits = logits.data() + from * VOCAB;
         decoder.forward(step.input, output);
@@ -359,6 +381,93 @@ TEST(kernels_threads_and_pieces_change_no_bit_of_inputs_that_are_not_quantised) 
                        label << " " << threads << " in pieces");
         }
     }
+}
+
+TEST(adapters_are_the_same_everywhere_and_allocate_nothing) {
+    const auto ids = prompt(90);
+    const Model plain(scalar_kernels, 1);
+    const auto without = logits_of(*plain.decoder, ids, {});
+    const size_t small = plain.decoder->load_adapter(adapter_of(3, 5)),
+                 large = plain.decoder->load_adapter(adapter_of(40, 6));
+    CHECK(small == 0 && large == 1);
+    const auto expected = logits_of(*plain.decoder, ids, {}, 1);
+    CHECK(!same_bits(expected, without));
+    CHECK(!same_bits(expected, logits_of(*plain.decoder, ids, {}, 0)));
+    CHECK(same_bits(without, logits_of(*plain.decoder, ids, {})));
+    for (const auto& [label, kernels] : sets_to_try()) {
+        for (const int threads : {1, 2, 3}) {
+            const Model model(*kernels, threads);
+            model.decoder->load_adapter(adapter_of(40, 6));
+            CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {}, 0)),
+                       label << " " << threads);
+            CHECK_WITH(same_bits(expected, logits_of(*model.decoder, ids, {1, 2, 34, 64, 89}, 0)),
+                       label << " " << threads << " in pieces");
+            Step step(ids, 0, 60, OutputKind::LOGITS);
+            step.slots[0] = 0;
+            std::vector<float> logits(60 * VOCAB);
+            StepOutput output;
+            output.logits = logits.data();
+            CHECK(allocations_during([&] { model.decoder->forward(step.input, output); }) == 0);
+        }
+    }
+}
+
+TEST(adapters_come_and_go) {
+    const auto ids = prompt(20);
+    const Model model(best_kernels(), 2);
+    Decoder& decoder = *model.decoder;
+    const auto fails = [&](size_t slot) {
+        return throws<std::out_of_range>([&] { decoder.unload_adapter(slot); });
+    };
+    CHECK(fails(0));
+    const size_t needed = decoder.more_adapter_scratch(7);
+    CHECK(needed > decoder.more_adapter_scratch(3));
+    CHECK(decoder.load_adapter(adapter_of(7, 1)) == 0);
+    CHECK(decoder.more_adapter_scratch(7) == 0 && decoder.more_adapter_scratch(3) == 0);
+    const auto first = logits_of(decoder, ids, {}, 0);
+    CHECK(decoder.load_adapter(adapter_of(3, 2)) == 1);
+    CHECK(same_bits(first, logits_of(decoder, ids, {}, 0)));
+    decoder.unload_adapter(0);
+    CHECK(fails(0) && fails(2));
+    CHECK(throws<std::invalid_argument>([&] { logits_of(decoder, ids, {}, 0); }));
+    CHECK(throws<std::invalid_argument>([&] { logits_of(decoder, ids, {}, 2); }));
+    CHECK(throws<std::invalid_argument>([&] { logits_of(decoder, ids, {}, -2); }));
+    CHECK(decoder.load_adapter(adapter_of(7, 1)) == 0);
+    CHECK(same_bits(first, logits_of(decoder, ids, {}, 0)));
+    decoder.unload_adapter(0);
+    decoder.unload_adapter(1);
+    CHECK(decoder.more_adapter_scratch(7) == needed);
+}
+
+TEST(an_adapter_that_does_not_fit_is_refused) {
+    const Model model(scalar_kernels, 1);
+    const auto refuses = [&](std::shared_ptr<const Adapter> adapter) {
+        return throws<std::invalid_argument>(
+            [&] { model.decoder->load_adapter(std::move(adapter)); });
+    };
+    const std::vector<std::byte> values(4 * 400);
+    const auto pair = [&](size_t out, size_t in) {
+        auto adapter = std::make_shared<Adapter>(LAYERS, 8 * 400 + 128);
+        const std::span<const std::byte> all(values);
+        adapter->set(1, LinearName::O, out, in, 1, 1.0f, all.first(4 * in), ValueType::F32,
+                     all.first(4 * out), ValueType::F32);
+        return adapter;
+    };
+    CHECK(!refuses(pair(HIDDEN, HEADS * HEAD_DIM)));
+    CHECK(refuses(pair(HIDDEN, HEADS * HEAD_DIM + 1)));
+    CHECK(refuses(pair(HIDDEN - 1, HEADS * HEAD_DIM)));
+    CHECK(refuses(std::make_shared<Adapter>(LAYERS + 1, 0)));
+    CHECK(refuses(nullptr));
+    Adapter small(1, 4 * 400);
+    const auto sets = [&](size_t layer, size_t out, size_t in, size_t rank) {
+        return !throws<std::invalid_argument>([&] {
+            small.set(layer, LinearName::Q, out, in, rank, 1.0f, values, ValueType::F32, values,
+                      ValueType::F32);
+        });
+    };
+    CHECK(!sets(1, 100, 100, 4) && !sets(0, 100, 99, 4) && !sets(0, 99, 100, 4));
+    CHECK(!sets(0, 100, 100, 0) && !sets(0, 0, 100, 4));
+    CHECK(!sets(0, 100, 100, 4));  // both would fit, but not together
 }
 
 TEST(the_golden_hash_is_that_of_every_machine) {

@@ -219,6 +219,28 @@ TEST(weighted_values_are_the_same_everywhere) {
     }
 }
 
+TEST(weighted_values_of_one_query_may_be_many) {
+    Random random(18);
+    for (const ValueType type : TYPES) {
+        for (const size_t n : {size_t{1}, size_t{23}, size_t{64}}) {
+            constexpr size_t COUNT = 97;
+            const std::vector<std::byte> values = random.stored(type, COUNT * n);
+            const std::vector<float> w = random.numbers(COUNT), before = random.numbers(n);
+            const float keep = 1.0f, join = 0.3f;
+            std::vector<float> expected = before;
+            scalar_kernels.weighted_values(w.data(), 1, values.data(), type, 0, COUNT, n, &keep,
+                                           &join, 0, expected.data());
+            CHECK(!same_bits(expected, before));
+            on_each([&](const Kernels& kernels, const std::string& label) {
+                std::vector<float> out = before;
+                kernels.weighted_values(w.data(), 1, values.data(), type, 0, COUNT, n, &keep, &join,
+                                        0, out.data());
+                CHECK_WITH(same_bits(out, expected), label << " type " << int(type) << " n " << n);
+            });
+        }
+    }
+}
+
 TEST(exp_shifted_is_the_same_everywhere) {
     // Every 4099th bit pattern: all exponents, both signs, denormals, infinities; NaN apart.
     std::vector<float> x;

@@ -98,6 +98,8 @@ class SamplingParams:
         priority: lower goes first, -1000 to 1000: one step is worth 100 places in the queue.
         timeout: seconds from the call after which the text ends with what there is, looked at
             between steps; None = never.
+        adapter: name of a loaded adapter, as `LLM.load_adapter` returned it; None = the model as it
+            is.
 
     Of `json_schema`, `regex`, `grammar` and `choice`, one at most. What they ask for holds for a
     text that ends by itself, with finish_reason "stop"; `max_tokens`, stop strings and own stop ids
@@ -129,6 +131,7 @@ class SamplingParams:
     best_of: int | None = None
     priority: int = 0
     timeout: float | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         _integer(self, "prompt_logprobs", low=0, optional=True)
@@ -163,6 +166,11 @@ class SamplingParams:
         _integer(self, "best_of", low=self.n, high=_MOST_CHOICES, optional=True)
         _integer(self, "priority", low=-1000, high=1000)
         _number(self, "timeout", low=0.0, above=True, optional=True)
+        if self.adapter is not None and (not isinstance(self.adapter, str) or not self.adapter):
+            raise ConfigError(
+                f"adapter must be the name of a loaded adapter, got {self.adapter!r:.80}",
+                hint="load_adapter(path) returns the name",
+            )
         self._check_stops()
         self._check_bias()
         self._check_form()

@@ -10,12 +10,14 @@ which run reads and writes which block is said by the block tables of each batch
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from bitllm.adapter import Adapter
 from bitllm.checkpoint import Checkpoint, ModelSpec
 from bitllm.config import CHOICES, HeadName, KvDtype, PackingName
 from bitllm.errors import ConfigError
@@ -203,7 +205,7 @@ class Batch:
         block_tables: int32 [runs, blocks], -1 = unused; position p of run r lives in block
             block_tables[r, p // KV_BLOCK_SIZE]. Blocks up to the run's last position must be named;
             no block is written in two places.
-        adapter_slots: int32 [runs], -1 = none.
+        adapter_slots: int32 [runs], as `Decoder.load_adapter` returned them; -1 = none.
         output_rows: int32 [outputs], token row of each output request.
         output_kinds: uint8 [outputs], `OutputKind`.
         score_targets, score_top_n: int32 [number of SCORE requests], in request order.
@@ -298,6 +300,24 @@ class Decoder(Protocol):
     def write_blocks(self, blocks: I32, data: npt.NDArray[np.uint8]) -> None:
         """Store bytes that `read_blocks` returned into these KV blocks."""
 
+    def load_adapter(self, adapter: Adapter) -> int:
+        """Copy an adapter to the device and return its slot, for `Batch.adapter_slots`.
+
+        Raises:
+            TensorShapeError: it was made for another architecture.
+            InsufficientMemoryError: it does not fit; nothing has changed then.
+        """
+
+    def unload_adapter(self, slot: int) -> None:
+        """Free an adapter; its slot may be given to another one.
+
+        Raises:
+            ConfigError: there is no adapter in this slot.
+        """
+
+    def adapter_bytes(self, adapter: Adapter) -> int:
+        """Return the bytes that `load_adapter` would take, for weights and for scratch."""
+
     def close(self) -> None:
         """Free weights and KV storage; the decoder cannot be used afterwards."""
 
@@ -332,11 +352,17 @@ _ENTRY_FIELDS = (
 )
 
 
-def check_batch(batch: Batch, spec: ModelSpec, kv_capacity: int, max_batch_tokens: int) -> None:
+def check_batch(
+    batch: Batch,
+    spec: ModelSpec,
+    kv_capacity: int,
+    max_batch_tokens: int,
+    adapters: Collection[int] = (),
+) -> None:
     """Refuse a batch that contradicts itself or the model.
 
     Every backend calls this before anything else, or makes the same checks in native code, where
-    they cost less.
+    they cost less. `adapters` are the slots in use.
 
     Raises:
         ConfigError: naming the first contradiction found.
@@ -359,8 +385,12 @@ def check_batch(batch: Batch, spec: ModelSpec, kv_capacity: int, max_batch_token
             "positions must have one entry for each token, adapter_slots and block_tables one for "
             "each run"
         )
-    if (batch.adapter_slots != -1).any():
-        raise ConfigError("no adapter is loaded; adapter_slots must all be -1")
+    for slot in set(batch.adapter_slots.tolist()) - {-1}:
+        if slot not in adapters:
+            raise ConfigError(
+                f"adapter slot {slot} is empty; in use are {sorted(adapters) or 'none'}",
+                hint="adapter_slots are -1, or what load_adapter returned",
+            )
     if batch.token_ids.min() < 0 or batch.token_ids.max() >= spec.vocab_size:
         raise ConfigError(
             f"token ids must lie in 0 .. {spec.vocab_size - 1}, "

@@ -33,12 +33,14 @@ class Sequences:
         count: how many sequences.
         context: positions of each; the KV cache must hold `count` times as many, in whole blocks.
         chunk: most token rows of a step.
+        adapter: slot of the adapter that all of them use, -1 = none.
     """
 
     decoder: Decoder
     count: int
     context: int
     chunk: int
+    adapter: int = -1
 
     @property
     def blocks(self) -> int:
@@ -65,7 +67,7 @@ class Sequences:
             positions=np.concatenate(places).astype(np.int32),
             run_offsets=offsets,
             block_tables=np.array(tables, np.int32),
-            adapter_slots=np.full(len(runs), -1, np.int32),
+            adapter_slots=np.full(len(runs), self.adapter, np.int32),
             output_rows=rows,
             output_kinds=np.full(len(rows), kind, np.uint8),
             plan=SamplePlan.greedy(len(rows) if kind == OutputKind.SAMPLE else 0),

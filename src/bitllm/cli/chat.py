@@ -13,6 +13,7 @@ from bitllm.cli.failures import EXIT_INTERRUPTED, print_error
 from bitllm.cli.keyboard import default_history, is_interactive, read_lines, read_typed
 from bitllm.cli.model import load_model, print_status, split_options
 from bitllm.cli.options import (
+    adapter_option,
     engine_options,
     model_option,
     option,
@@ -30,6 +31,7 @@ __all__ = ["chat"]
 
 @click.command()
 @model_option
+@adapter_option
 @option("--system", metavar="TEXT", help="System message.")
 @sampling_options
 @engine_options

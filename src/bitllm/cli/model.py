@@ -20,18 +20,32 @@ ENGINE_OPTIONS = ("device", "threads", "context", "kv_dtype", "packing", "head")
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options that were given, as those of `bitllm.load` and those of `generate`."""
+    """Return the options that were given, as those of `load_model` and those of `generate`.
+
+    `adapter`, a path, belongs to both: `load_model` loads it under its path for a name.
+    """
     given = chosen(**options)
     engine = {name: given.pop(name) for name in ENGINE_OPTIONS if name in given}
-    return engine, given
+    return engine | ({"adapter": given["adapter"]} if "adapter" in given else {}), given
 
 
 def load_model(ref: str | None, options: Mapping[str, Any]) -> LLM:
-    """Load a model, with a progress bar if that takes long and a terminal shows it."""
+    """Load a model, with a progress bar if that takes long and a terminal shows it.
+
+    Args:
+        ref: as of `bitllm.load`.
+        options: keywords of `bitllm.load`; and `adapter`, the path of an adapter to be loaded under
+            that name.
+    """
     from bitllm.engine.loading import load
 
+    settings = dict(options)
+    adapter = settings.pop("adapter", None)
     with progress("loading") as advance:
-        return load(ref, progress=advance, **options)
+        llm = load(ref, progress=advance, **settings)
+    if adapter is not None:
+        llm.load_adapter(adapter, name=adapter)
+    return llm
 
 
 def resident_bytes() -> int | None:

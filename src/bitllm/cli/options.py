@@ -11,6 +11,7 @@ import click
 from bitllm.config import CHOICES
 
 __all__ = [
+    "adapter_option",
     "chosen",
     "device_option",
     "engine_options",
@@ -162,6 +163,12 @@ engine_options: Decorator[Any] = _together(
         type=click.Choice(CHOICES["head"]),
         help="How the cpu device computes logits. Default: auto, the fastest that is exact.",
     ),
+)
+
+adapter_option: Decorator[Any] = option(
+    "--adapter",
+    metavar="PATH",
+    help="A low-rank adapter: a directory that PEFT has written.",
 )
 
 sampling_options: Decorator[Any] = _together(

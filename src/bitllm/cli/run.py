@@ -13,6 +13,7 @@ from bitllm.cli.answer import show
 from bitllm.cli.failures import EXIT_INTERRUPTED
 from bitllm.cli.model import load_model, print_status, split_options
 from bitllm.cli.options import (
+    adapter_option,
     engine_options,
     json_option,
     model_option,
@@ -36,6 +37,7 @@ STDIN_PATIENCE_S = 3.0
 @click.command()
 @click.argument("prompt", required=False)
 @model_option
+@adapter_option
 @option("--chat", is_flag=True, help="Ask by the model's chat template.")
 @option("--system", metavar="TEXT", help="System message of the chat template; implies --chat.")
 @sampling_options

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm.config import SamplingParams, as_integer
+from bitllm.engine.adapters import LoadedAdapter
 from bitllm.engine.engine_thread import EngineThread, Feed
 from bitllm.engine.llm import (
     AT_ONCE,
@@ -190,7 +191,9 @@ class AsyncLLM:
         return ChunkStream(self._thread, prepare)
 
     @overload
-    async def score(self, prompt: Prompt, continuation: Prompt, *, top: int = 0) -> Score: ...
+    async def score(
+        self, prompt: Prompt, continuation: Prompt, *, top: int = 0, adapter: str | None = None
+    ) -> Score: ...
 
     @overload
     async def score(
@@ -199,23 +202,37 @@ class AsyncLLM:
         continuation: list[str] | list[list[int]],
         *,
         top: int = 0,
+        adapter: str | None = None,
     ) -> list[Score]: ...
 
-    async def score(self, prompt: Any, continuation: Any, *, top: int = 0) -> Any:
+    async def score(
+        self, prompt: Any, continuation: Any, *, top: int = 0, adapter: str | None = None
+    ) -> Any:
         """Return how likely a continuation is after a prompt; as `LLM.score`."""
-        return await self._read(lambda access: access.score(prompt, continuation, top=top))
+        return await self._read(
+            lambda access: access.score(prompt, continuation, top=top, adapter=adapter)
+        )
 
     async def perplexity(
-        self, text: Prompt, *, context: int | None = None, stride: int | None = None
+        self,
+        text: Prompt,
+        *,
+        context: int | None = None,
+        stride: int | None = None,
+        adapter: str | None = None,
     ) -> float:
         """Return the perplexity of a text; as `LLM.perplexity`."""
         return await self._read(
-            lambda access: access.perplexity(text, context=context, stride=stride)
+            lambda access: access.perplexity(text, context=context, stride=stride, adapter=adapter)
         )
 
-    async def forward(self, token_ids: Prompt, *, start: int = 0) -> npt.NDArray[np.float32]:
+    async def forward(
+        self, token_ids: Prompt, *, start: int = 0, adapter: str | None = None
+    ) -> npt.NDArray[np.float32]:
         """Return the logits after each token, float32 [tokens - start, vocab]; as `LLM.forward`."""
-        return await self._read(lambda access: access.forward(token_ids, start=start))
+        return await self._read(
+            lambda access: access.forward(token_ids, start=start, adapter=adapter)
+        )
 
     async def embed(
         self,
@@ -223,11 +240,29 @@ class AsyncLLM:
         *,
         pooling: Pooling | None = None,
         normalize: bool = True,
+        adapter: str | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return the embedding of a text, or of several; as `LLM.embed`."""
         return await self._read(
-            lambda access: access.embed(texts, pooling=pooling, normalize=normalize)
+            lambda access: access.embed(
+                texts, pooling=pooling, normalize=normalize, adapter=adapter
+            )
         )
+
+    async def load_adapter(self, path: str | PathLike[str], name: str | None = None) -> str:
+        """Load a low-rank adapter in the background; as `LLM.load_adapter`."""
+        self._thread.check_open()
+        return await asyncio.to_thread(self.llm.load_adapter, path, name)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; as `LLM.unload_adapter`."""
+        self._thread.check_open()
+        await asyncio.to_thread(self.llm.unload_adapter, name)
+
+    @property
+    def adapters(self) -> dict[str, LoadedAdapter]:
+        """The loaded adapters by name, as of now."""
+        return self.llm.adapters
 
     async def aclose(self, *, drain: bool = False, timeout: float | None = None) -> None:
         """Take no more requests, end and free the model. Closing twice is harmless.
@@ -384,6 +419,7 @@ class _ThreadAccess(TokenAccess):
 
     def __init__(self, llm: LLM, thread: EngineThread) -> None:
         self.tokenizer, self.spec, self.context = llm.tokenizer, llm.spec, llm.context
+        self._llm = llm
         self._thread = thread
         self._feeds: deque[Feed] = deque()
         self._cancelled = False
@@ -393,6 +429,11 @@ class _ThreadAccess(TokenAccess):
         self._cancelled = True
         for feed in list(self._feeds):
             self._thread.cancel(feed)
+
+    @property
+    def adapters(self) -> dict[str, LoadedAdapter]:
+        """The loaded adapters by name, as of now."""
+        return self._llm.adapters
 
     def _run(self, requests: Iterable[Request]) -> Generator[Sequence, None, None]:
         coming = iter(requests)

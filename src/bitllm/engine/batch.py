@@ -69,7 +69,7 @@ class BatchBuilder:
             positions=np.array(positions, np.int32),
             run_offsets=shape.run_offsets,
             block_tables=_block_tables(runs),
-            adapter_slots=shape.adapter_slots,
+            adapter_slots=_adapter_slots(runs),
             output_rows=shape.output_rows,
             output_kinds=shape.output_kinds,
             plan=self._plan_for(sampling),
@@ -77,7 +77,7 @@ class BatchBuilder:
         )
 
     def _shape_of_one(self, count: int) -> _Shape:
-        if len(self._of_one.adapter_slots) != count:
+        if len(self._of_one.run_offsets) != count + 1:
             self._of_one = _shape([1] * count, range(count))
         return self._of_one
 
@@ -103,7 +103,6 @@ class _Shape:
     """The arrays of a batch that say only how long its runs are and which of them sample."""
 
     run_offsets: I32
-    adapter_slots: I32
     output_rows: I32
     output_kinds: npt.NDArray[np.uint8]
 
@@ -112,7 +111,6 @@ def _shape(lengths: Ordered[int], rows: Ordered[int], kinds: Ordered[int] | None
     every_one = np.full(len(rows), OutputKind.SAMPLE, np.uint8)
     return _Shape(
         run_offsets=np.cumsum([0, *lengths], dtype=np.int32),
-        adapter_slots=np.full(len(lengths), -1, np.int32),
         output_rows=np.array(rows, np.int32),
         output_kinds=every_one if kinds is None else np.array(kinds, np.uint8),
     )
@@ -171,6 +169,11 @@ def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
         **_seen(sequences),
         **_masks(sequences, vocab_size),
     )
+
+
+def _adapter_slots(runs: Ordered[Run]) -> I32:
+    adapters = [run.sequence.request.adapter for run in runs]
+    return np.array([-1 if each is None else each.slot for each in adapters], np.int32)
 
 
 def _block_tables(runs: Ordered[Run]) -> I32:

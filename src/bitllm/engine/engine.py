@@ -15,7 +15,9 @@ from typing import cast
 
 import numpy as np
 
+from bitllm.adapter import Adapter
 from bitllm.backends.base import KV_BLOCK_SIZE, Decoder, OutputKind, StepOutput
+from bitllm.engine.adapters import AdapterTable, LoadedAdapter
 from bitllm.engine.batch import BatchBuilder
 from bitllm.engine.blocks import BlockPool
 from bitllm.engine.outputs import Chunk, TokenLogprob
@@ -59,6 +61,7 @@ class Engine:
         make_detokenizer: returns a fresh detokenizer for a new sequence.
         max_batch_tokens: most token rows of a step, as the decoder was loaded.
         prefix_cache: keep full KV blocks for prompts that begin alike; see `EngineOptions`.
+        adapter_room: bytes that adapters may take together; None = what the machine has.
         clock: returns the time in seconds.
     """
 
@@ -69,6 +72,7 @@ class Engine:
         *,
         max_batch_tokens: int,
         prefix_cache: bool = True,
+        adapter_room: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._decoder = decoder
@@ -76,6 +80,7 @@ class Engine:
         self._clock = clock
         self._pool = BlockPool(decoder.kv_capacity)
         self._scheduler = Scheduler(self._pool, max_batch_tokens, prefix_cache=prefix_cache)
+        self._adapters = AdapterTable(decoder, adapter_room)
         self._deadlines: dict[Sequence, float] = {}
         self._next_deadline = math.inf  # none is earlier
         self._counts = StepCounts()
@@ -113,6 +118,33 @@ class Engine:
         """When the last of them was aborted, or the engine made, by `time.perf_counter`."""
         return self._last_used
 
+    @property
+    def adapters(self) -> dict[str, LoadedAdapter]:
+        """The adapters that requests can ask for, by name."""
+        return self._adapters.loaded
+
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        """Load an adapter under this name, between two steps.
+
+        Raises:
+            ConfigError: the name is in use, or the engine is closed.
+            TensorShapeError: the adapter was made for another architecture.
+            InsufficientMemoryError: it does not fit.
+        """
+        with self._lock:
+            self._check_open()
+            self._adapters.load(name, adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter's name away; its memory is freed when nobody uses it any more.
+
+        Raises:
+            ConfigError: no adapter has this name, or the engine is closed.
+        """
+        with self._lock:
+            self._check_open()
+            self._adapters.unload(name)
+
     def add(self, request: Request) -> Sequence:
         """Queue a request of one choice; whoever adds it must `abort` it in the end.
 
@@ -137,7 +169,8 @@ class Engine:
             since: from when its timeout counts, by `now`; None = from now on.
 
         Raises:
-            ConfigError, ContextOverflowError: as in `add`.
+            ConfigError: also where the request's adapter was unloaded meanwhile.
+            ContextOverflowError: as in `add`.
         """
         choices = Choices()
         self._add(request, choices, since)
@@ -166,6 +199,8 @@ class Engine:
             self._owners[id(owner)] = owner
         with self._lock:
             self._check_open()
+            if request.adapter is not None:
+                self._adapters.hold(request.adapter, choices)
             with self._change():
                 self._held.update(choices)
                 self._scheduler.add(*choices)
@@ -269,6 +304,7 @@ class Engine:
             if not self._closed:
                 self._closed = True
                 self._scheduler.restart()
+                self._adapters.clear()
                 self._decoder.close()
 
     def _check_open(self) -> None:
@@ -316,6 +352,7 @@ class Engine:
     def _remove(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         self._deadlines.pop(sequence, None)
+        self._adapters.let_go(sequence)
         self._held.discard(sequence)
         self._last_used = time.perf_counter()
 

@@ -8,12 +8,15 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
 from itertools import chain
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, cast, overload
 
 from bitllm.backends.base import Decoder, DecoderInfo
 from bitllm.checkpoint import ModelSpec
 from bitllm.config import SamplingParams
+from bitllm.engine.adapters import LoadedAdapter, find_adapter
 from bitllm.engine.engine import Choices, Engine
 from bitllm.engine.grammar import GrammarCompiler
 from bitllm.engine.memory_plan import MemoryPlan
@@ -25,6 +28,7 @@ from bitllm.engine.stats import EngineStats
 from bitllm.engine.token_access import TokenAccess
 from bitllm.engine.tools import ToolChoice, constrain_call, read_tools, tool_prompt
 from bitllm.errors import ConfigError
+from bitllm.formats import open_adapter
 from bitllm.tokenizer import StreamDetokenizer, Tokenizer
 
 __all__ = [
@@ -70,6 +74,7 @@ class SamplingOptions(TypedDict, total=False):
     best_of: int | None
     priority: int
     timeout: float | None
+    adapter: str | None
 
 
 class LLM(TokenAccess):
@@ -133,6 +138,7 @@ class LLM(TokenAccess):
             lambda: StreamDetokenizer(tokenizer),
             max_batch_tokens=max_batch_tokens,
             prefix_cache=prefix_cache,
+            adapter_room=None if plan is None or plan.limit is None else plan.limit - plan.total,
         )
 
     @overload
@@ -299,6 +305,7 @@ class LLM(TokenAccess):
             context=self.context,
             fill_context=fill_context,
             grammar=self._grammars.compile(params),
+            adapter=find_adapter(self._engine.adapters, params.adapter),
         )
 
     def prepare_chat(
@@ -318,6 +325,47 @@ class LLM(TokenAccess):
         request = self.prepare(ids, params, fill_context=True)
         names = frozenset(tool.name for tool in callable_tools)
         return replace(request, tool_names=names) if names else request
+
+    def load_adapter(self, path: str | PathLike[str], name: str | None = None) -> str:
+        """Load a low-rank adapter, for requests that ask for it by `adapter=name`.
+
+        Requests with different adapters, and without, run in the same steps, and each writes what
+        it would write alone. What an adapter takes counts against `memory_limit`.
+
+        Args:
+            path: a directory of PEFT, with adapter_config.json and adapter_model.safetensors.
+            name: what requests will call it; None = the name of the directory.
+
+        Returns:
+            The name.
+
+        Raises:
+            ModelNotFoundError: there is no adapter.
+            CheckpointError: its files are broken, of a kind that bitllm does not run, or made for
+                another model.
+            ConfigError: the name is in use.
+            InsufficientMemoryError: it does not fit; raised before it is copied.
+        """
+        adapter = open_adapter(path)
+        chosen = Path(adapter.origin).name if name is None else name
+        self._engine.load_adapter(chosen, adapter)
+        return chosen
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        The name is free at once. Requests that use the adapter go on with it to their end, and then
+        its memory is freed.
+
+        Raises:
+            ConfigError: no adapter has this name.
+        """
+        self._engine.unload_adapter(name)
+
+    @property
+    def adapters(self) -> dict[str, LoadedAdapter]:
+        """The loaded adapters by name, as of now."""
+        return self._engine.adapters
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Return the token ids of a text, with the start token where the model has one."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from bitllm.backends.base import OutputKind
 from bitllm.config import SamplingParams
+from bitllm.engine.adapters import LoadedAdapter
 from bitllm.engine.grammar import Grammar
 from bitllm.engine.readout import Readout
 from bitllm.errors import ConfigError, ContextOverflowError
@@ -18,6 +19,7 @@ __all__ = [
     "DEFAULT_MAX_TOKENS",
     "ModelDefaults",
     "Request",
+    "adapted",
     "describe_defaults",
     "readout_request",
     "resolve_request",
@@ -64,6 +66,7 @@ class Request:
         grammar: the form of the text, None = free.
         tool_names: functions whose calls are looked for in the text.
         choices: how many completions are computed, each with draws of its own.
+        adapter: what is added to the products of the model, None = nothing.
         prefix_key: what keys and values depend on besides the tokens, such as an adapter; blocks
             of the cache are shared among equal keys only.
         prefix_cache: whether the beginning of the prompt may come from the cache instead of being
@@ -95,6 +98,7 @@ class Request:
     choices: int = 1
     priority: int = 0
     timeout: float | None = None
+    adapter: LoadedAdapter | None = None
     prefix_key: bytes = b""
     prefix_cache: bool = True
 
@@ -117,6 +121,7 @@ def resolve_request(
     context: int,
     fill_context: bool = False,
     grammar: Grammar | None = None,
+    adapter: LoadedAdapter | None = None,
 ) -> Request:
     """Return the request that these parameters mean for this model.
 
@@ -128,6 +133,7 @@ def resolve_request(
         context: most tokens of prompt and output together.
         fill_context: let `max_tokens`, where nobody gave it, be the rest of the context.
         grammar: what `params` say about the form of the text, compiled.
+        adapter: the one that `params` name.
 
     Raises:
         ConfigError: an empty prompt, or an id outside the vocabulary.
@@ -146,7 +152,7 @@ def resolve_request(
     temperature = _or(params.temperature, defaults.temperature)
     own_stops = () if params.ignore_eos else (i for i in defaults.stop_ids if i < vocab_size)
     stop_ids = frozenset(params.stop_token_ids).union(own_stops)
-    return Request(
+    request = Request(
         prompt_ids=tuple(prompt_ids),
         max_tokens=_fit(len(prompt_ids), params, defaults, context, fill_context),
         temperature=temperature,
@@ -170,6 +176,14 @@ def resolve_request(
         priority=params.priority,
         timeout=params.timeout,
     )
+    return adapted(request, adapter)
+
+
+def adapted(request: Request, adapter: LoadedAdapter | None) -> Request:
+    """Return a request with an adapter, as it is for None."""
+    if adapter is None:
+        return request
+    return dataclasses.replace(request, adapter=adapter, prefix_key=adapter.key)
 
 
 def readout_request(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from bitllm.checkpoint import ModelSpec
+from bitllm.engine.adapters import LoadedAdapter, find_adapter
 from bitllm.engine.outputs import Score
 from bitllm.engine.prompt import Prompt, is_one, pairs_to_score, token_ids_of
-from bitllm.engine.request import Request
+from bitllm.engine.request import Request, adapted
 from bitllm.engine.scoring import (
     Pooling,
     check_pooling,
@@ -44,12 +45,24 @@ class TokenAccess:
     spec: ModelSpec
     context: int
 
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The loaded adapters by name, as of now."""
+        raise NotImplementedError
+
     def _run(self, requests: Iterable[Request]) -> Iterator[Sequence]:
         """Yield the finished sequences of these requests, in their order."""
         raise NotImplementedError
 
+    def _read(self, requests: Iterable[Request], adapter: str | None) -> Iterator[Sequence]:
+        """The same, with an adapter."""
+        found = find_adapter(self.adapters, adapter)
+        return self._run(adapted(request, found) for request in requests)
+
     @overload
-    def score(self, prompt: Prompt, continuation: Prompt, *, top: int = 0) -> Score: ...
+    def score(
+        self, prompt: Prompt, continuation: Prompt, *, top: int = 0, adapter: str | None = None
+    ) -> Score: ...
 
     @overload
     def score(
@@ -58,6 +71,7 @@ class TokenAccess:
         continuation: list[str] | list[list[int]],
         *,
         top: int = 0,
+        adapter: str | None = None,
     ) -> list[Score]: ...
 
     def score(
@@ -66,6 +80,7 @@ class TokenAccess:
         continuation: Prompt | list[str] | list[list[int]],
         *,
         top: int = 0,
+        adapter: str | None = None,
     ) -> Score | list[Score]:
         """Return how likely a continuation is after a prompt.
 
@@ -77,6 +92,7 @@ class TokenAccess:
             prompt: a text or its token ids, or one for each continuation.
             continuation: a text or its token ids; or a list of those.
             top: how many of the likeliest tokens are told at each place.
+            adapter: name of a loaded adapter; None = the model as it is.
 
         Raises:
             ConfigError: nothing to score, or an id outside the vocabulary.
@@ -86,11 +102,17 @@ class TokenAccess:
             score_request(before, after, top, self.spec, self.context)
             for before, after in pairs_to_score(self.tokenizer, prompt, continuation)
         ]
-        scores = [score_of(each.rows_read().logprobs(), top) for each in self._run(requests)]
+        read = self._read(requests, adapter)
+        scores = [score_of(each.rows_read().logprobs(), top) for each in read]
         return scores[0] if is_one(continuation) else scores
 
     def perplexity(
-        self, text: Prompt, *, context: int | None = None, stride: int | None = None
+        self,
+        text: Prompt,
+        *,
+        context: int | None = None,
+        stride: int | None = None,
+        adapter: str | None = None,
     ) -> float:
         """Return exp of the mean negative log-probability of the tokens of a text.
 
@@ -103,6 +125,7 @@ class TokenAccess:
             context: tokens of a window; None = what the model was loaded with.
             stride: 1 to context - 1; smaller is slower and nearer to what the model can do. None =
                 half of a window.
+            adapter: as in `score`.
 
         Raises:
             ConfigError: fewer than two tokens, or a window or stride out of range.
@@ -110,9 +133,9 @@ class TokenAccess:
         ids = token_ids_of(text, self.tokenizer)
         window = self.context if context is None else context
         parts = windows(ids, window, stride, self.spec, self.context)
-        return perplexity_of(each.rows_read().values for each in self._run(parts))
+        return perplexity_of(each.rows_read().values for each in self._read(parts, adapter))
 
-    def forward(self, token_ids: Prompt, *, start: int = 0) -> F32:
+    def forward(self, token_ids: Prompt, *, start: int = 0, adapter: str | None = None) -> F32:
         """Return the logits after each token, float32 [tokens - start, vocab].
 
         Row i belongs to token start + i, and says what the model expects after it. They are
@@ -121,6 +144,7 @@ class TokenAccess:
         Args:
             token_ids: ids, or a text.
             start: the first token whose logits are wanted; len(token_ids) - 1 = only the last.
+            adapter: as in `score`.
 
         Raises:
             ConfigError: no tokens, an id outside the vocabulary, or `start` beyond the last.
@@ -128,7 +152,8 @@ class TokenAccess:
             InsufficientMemoryError: the result does not fit into memory.
         """
         ids = token_ids_of(token_ids, self.tokenizer)
-        (sequence,) = self._run([logits_request(ids, start, self.spec, self.context)])
+        request = logits_request(ids, start, self.spec, self.context)
+        (sequence,) = self._read([request], adapter)
         return sequence.rows_read().values
 
     def embed(
@@ -137,6 +162,7 @@ class TokenAccess:
         *,
         pooling: Pooling | None = None,
         normalize: bool = True,
+        adapter: str | None = None,
     ) -> F32:
         """Return the embedding of a text, or of several.
 
@@ -147,6 +173,7 @@ class TokenAccess:
             pooling: "mean" of the hidden states of all tokens, or that of the "last" token; None =
                 what the model was made for.
             normalize: scale each vector to length 1, so that products of two are cosines.
+            adapter: as in `score`.
 
         Returns:
             float32 [hidden]; for a list of n texts, [n, hidden].
@@ -163,6 +190,7 @@ class TokenAccess:
             hidden_request(token_ids_of(each, self.tokenizer), chosen, self.spec, self.context)
             for each in given
         ]
-        vectors = [pool(s.rows_read().values, normalize=normalize) for s in self._run(requests)]
+        read = self._read(requests, adapter)
+        vectors = [pool(each.rows_read().values, normalize=normalize) for each in read]
         rows = np.array(vectors, np.float32).reshape(-1, self.spec.hidden_size)
         return rows.reshape(-1) if one else rows

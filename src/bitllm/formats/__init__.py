@@ -11,11 +11,13 @@ from bitllm.formats.generation import GenerationDefaults, read_generation_config
 from bitllm.formats.gguf import find_gguf, open_gguf, read_gguf_texts
 from bitllm.formats.hub import ModelFiles, resolve_model
 from bitllm.formats.huggingface import open_huggingface
+from bitllm.formats.peft import open_adapter
 
 __all__ = [
     "GenerationDefaults",
     "ModelFiles",
     "find_gguf",
+    "open_adapter",
     "open_checkpoint",
     "read_generation_config",
     "read_gguf_texts",

@@ -7,9 +7,9 @@ from collections.abc import Collection
 
 from bitllm.checkpoint import ModelSpec
 
-__all__ = ["MAY_BE_UNUSED", "NORMS", "TensorNames"]
+__all__ = ["LINEAR_MODULES", "MAY_BE_UNUSED", "NORMS", "TensorNames"]
 
-_MODULES = {
+LINEAR_MODULES = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
@@ -18,6 +18,8 @@ _MODULES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+"""The module of each ternary projection, within its layer."""
+
 _NORMS = {
     "attn_norm": ("input_layernorm",),
     "ffn_norm": ("post_attention_layernorm",),
@@ -60,7 +62,7 @@ class TensorNames:
         if name in ("embed", "head"):
             return "lm_head" if name == "head" else f"{self._prefix}embed_tokens"
         _, layer, part = name.split(".")
-        return f"{self._prefix}layers.{layer}.{_MODULES[part]}"
+        return f"{self._prefix}layers.{layer}.{LINEAR_MODULES[part]}"
 
     def dense(self, name: str) -> str:
         """Return the name of a dense tensor."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitllm import _native
+from bitllm.adapter import Adapter, LowRankUpdate
 from bitllm.backends.base import (
     Batch,
     DecoderInfo,
@@ -19,12 +20,14 @@ from bitllm.backends.base import (
     StepOutput,
     check_batch,
 )
-from bitllm.checkpoint import ModelSpec
-from bitllm.errors import ConfigError, QuantizationError
+from bitllm.checkpoint import DenseTensor, ModelSpec
+from bitllm.errors import ConfigError, InsufficientMemoryError, QuantizationError
 
 __all__ = ["CpuDecoder"]
 
 I32 = npt.NDArray[np.int32]
+
+_ALIGNMENT = 64  # of each matrix of an adapter, in bytes
 
 # In the order of the native call's arguments.
 _PLAN_FIELDS = tuple(field.name for field in fields(SamplePlan))
@@ -54,6 +57,7 @@ class CpuDecoder:
         self._native: _native.Decoder | None = native
         self._max_batch_tokens = options.max_batch_tokens
         self._kv_capacity = native.kv_blocks
+        self._adapters: set[int] = set()
         self.info = DecoderInfo(
             backend="cpu",
             kernel=kernel,
@@ -99,7 +103,7 @@ class CpuDecoder:
         except (TypeError, ValueError) as error:
             # The native code checks as much as these two, faster, but says less about it.
             _check_arrays(batch)
-            check_batch(batch, self.spec, self._kv_capacity, self._max_batch_tokens)
+            check_batch(batch, self.spec, self._kv_capacity, self._max_batch_tokens, self._adapters)
             raise ConfigError(f"the batch cannot be computed: {error}") from error
         except OverflowError as error:
             raise QuantizationError(
@@ -107,6 +111,42 @@ class CpuDecoder:
                 hint="the weights are damaged, or too large for float32",
             ) from error
         return output
+
+    def load_adapter(self, adapter: Adapter) -> int:
+        """Copy an adapter and return its slot; see `bitllm.backends.base.Decoder.load_adapter`."""
+        native = self._open()
+        adapter.check(self.spec)
+        wanted, free = self.adapter_bytes(adapter), _native.available_memory()
+        try:
+            if free and wanted > free:
+                raise MemoryError(f"{free / 1e6:.0f} MB of memory are free")
+            copied = _native.Adapter(len(self.spec.layers), _matrix_bytes(adapter))
+            for name, update in adapter.updates.items():
+                _, layer, linear = name.split(".")
+                _copy_update(copied, int(layer), linear, update)
+            slot = native.load_adapter(copied)
+        except MemoryError as error:
+            raise InsufficientMemoryError(
+                f"{adapter.origin}: the adapter needs {wanted / 1e6:.0f} MB ({error})",
+                hint="unload another adapter, or load the model with a shorter context",
+            ) from error
+        self._adapters.add(slot)
+        return slot
+
+    def unload_adapter(self, slot: int) -> None:
+        """Free an adapter, after a step that is under way.
+
+        Raises:
+            ConfigError: there is no adapter in this slot.
+        """
+        if slot not in self._adapters:
+            raise ConfigError(f"adapter slot {slot} is empty")
+        self._adapters.remove(slot)
+        self._open().unload_adapter(slot)
+
+    def adapter_bytes(self, adapter: Adapter) -> int:
+        """Return the bytes that `load_adapter` would take, for weights and for scratch."""
+        return _matrix_bytes(adapter) + self._open().more_adapter_scratch(adapter.rank)
 
     def copy_blocks(self, pairs: I32) -> None:
         """Copy KV blocks, int32 [n, 2] of (source, destination), in order."""
@@ -172,6 +212,21 @@ class CpuDecoder:
             raise ConfigError(
                 f"KV blocks are 0 .. {self._kv_capacity - 1}, got {blocks.min()} .. {blocks.max()}"
             )
+
+
+def _matrix_bytes(adapter: Adapter) -> int:
+    matrices = [matrix for each in adapter.updates.values() for matrix in (each.a, each.b)]
+    return sum(-(-matrix.nbytes // _ALIGNMENT) * _ALIGNMENT for matrix in matrices)
+
+
+def _copy_update(copied: _native.Adapter, layer: int, linear: str, update: LowRankUpdate) -> None:
+    a, b = update.a, update.b
+    copied.set(layer, linear, _bytes(a), a.dtype, _bytes(b), b.dtype, update.scale)
+
+
+def _bytes(matrix: DenseTensor) -> npt.NDArray[np.uint8]:
+    """Return a view of a matrix as it is stored, uint8 [rows, bytes of a row]."""
+    return np.ascontiguousarray(matrix.data).view(np.uint8)
 
 
 def _values(record: SamplePlan | StepOutput, names: tuple[str, ...]) -> Iterator[Any]:

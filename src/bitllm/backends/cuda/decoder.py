@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bitllm.adapter import Adapter
 from bitllm.backends.base import (
     KV_BLOCK_SIZE,
     Batch,
@@ -173,6 +174,29 @@ class CudaDecoder:
             columns = torch.from_numpy(np.array(data[:, start:end])).view(tensor.dtype)
             tensor[wanted] = columns.view(len(blocks), *tensor.shape[1:]).to(self._device)
             start = end
+
+    def load_adapter(self, adapter: Adapter) -> int:
+        """Refuse an adapter: this backend has no products for them.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"{adapter.origin}: the cuda device runs no adapters",
+            hint="load the model with device='cpu'",
+        )
+
+    def unload_adapter(self, slot: int) -> None:
+        """Refuse: none can be loaded.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"there is no adapter in slot {slot}")
+
+    def adapter_bytes(self, adapter: Adapter) -> int:
+        """Return the bytes of an adapter's matrices as they are stored."""
+        return adapter.nbytes
 
     def close(self) -> None:
         """Free weights and KV storage; the decoder cannot be used afterwards."""

@@ -9,17 +9,21 @@ head give the same bits as the native decoder. What does not change the result i
                  h = h + post_attn_norm(o(attn_sub_norm(a)))
                  x = ffn_norm(h); f = act(gate(x)) * up(x)
                  h = h + post_ffn_norm(down(ffn_sub_norm(f)))
+                 rows with an adapter: linear(x) is linear(x) + (B (A x)) * scale
     wanted rows: hidden = final_norm(h); logits = head(hidden); draws and scores of the logits
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from bitllm.adapter import Adapter
 from bitllm.backends.base import (
     KV_BLOCK_SIZE,
     Batch,
@@ -58,6 +62,7 @@ class ReferenceDecoder:
         self._final_norm = checkpoint.dense("final_norm").to_float32()
         self._layers = [Layer(checkpoint, index) for index in range(len(spec.layers))]
         self._blocks = math.ceil((options.kv_tokens or spec.max_context) / KV_BLOCK_SIZE)
+        self._adapters: dict[int, Adapter] = {}
         self._caches = [KvCache(self._blocks, layer, options.kv_dtype) for layer in spec.layers]
         self.info = DecoderInfo(
             backend="reference",
@@ -86,15 +91,17 @@ class ReferenceDecoder:
             ConfigError: the batch contradicts itself or the model.
             QuantizationError: the hidden states have left the range of float32.
         """
-        check_batch(batch, self.spec, self._blocks, self._max_batch_tokens)
+        check_batch(batch, self.spec, self._blocks, self._max_batch_tokens, self._adapters)
         with np.errstate(all="ignore"):
             return self._step(batch)
 
     def _step(self, batch: Batch) -> StepOutput:
         h = _rows(self._embed, batch.token_ids) * np.float32(self.spec.embedding_scale)
+        runs = zip(pairwise(batch.run_offsets), batch.adapter_slots.tolist(), strict=True)
+        adapted = [(slice(*run), self._adapters[slot]) for run, slot in runs if slot >= 0]
         for layer, cache in zip(self._layers, self._caches, strict=True):
-            h = h + layer.attention_block(h, batch, cache)
-            h = h + layer.ffn_block(h)
+            h = h + layer.attention_block(h, batch, cache, adapted)
+            h = h + layer.ffn_block(h, adapted)
         return self._outputs(h, batch)
 
     def _outputs(self, h: F32, batch: Batch) -> StepOutput:
@@ -142,9 +149,30 @@ class ReferenceDecoder:
             part[blocks] = columns.view(part.dtype).reshape(len(blocks), *part.shape[1:])
             start += part[0].nbytes
 
+    def load_adapter(self, adapter: Adapter) -> int:
+        """Keep an adapter and return its slot; see `bitllm.backends.base.Decoder`."""
+        adapter.check(self.spec)
+        slot = next(slot for slot in itertools.count() if slot not in self._adapters)
+        self._adapters[slot] = adapter
+        return slot
+
+    def unload_adapter(self, slot: int) -> None:
+        """Forget an adapter.
+
+        Raises:
+            ConfigError: there is no adapter in this slot.
+        """
+        if self._adapters.pop(slot, None) is None:
+            raise ConfigError(f"adapter slot {slot} is empty")
+
+    def adapter_bytes(self, adapter: Adapter) -> int:
+        """Return the bytes of the adapter's matrices, which stay as they are stored."""
+        return adapter.nbytes
+
     def close(self) -> None:
         """Free weights and KV storage; the decoder cannot be used afterwards."""
         self._layers, self._caches, self._blocks = [], [], 0
+        self._adapters = {}
 
     def _storage(self) -> list[npt.NDArray[Any]]:
         return [part for cache in self._caches for part in cache.arrays()]

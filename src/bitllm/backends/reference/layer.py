@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import numpy.typing as npt
 
+from bitllm.adapter import Adapter, LowRankUpdate
 from bitllm.backends.base import KV_BLOCK_SIZE, Batch
-from bitllm.backends.numerics import exp_f32, lane_sum
+from bitllm.backends.numerics import exp_f32, lane_sum, ordered_sum
 from bitllm.backends.reference.attention import KvCache, attend, rotate
 from bitllm.checkpoint import LINEAR_NAMES, Activation, Checkpoint, LinearSpec
 from bitllm.errors import QuantizationError
 from bitllm.ternary import matmul_int32, quantize_activations
 
-__all__ = ["Layer", "Linear", "gated", "rms_norm"]
+__all__ = ["AdaptedRows", "Layer", "Linear", "gated", "low_rank", "rms_norm"]
 
 F32 = npt.NDArray[np.float32]
+AdaptedRows = tuple[slice, Adapter]
+"""Token rows of a run, and the adapter that it asked for."""
 
 
 def rms_norm(x: F32, gain: F32, eps: float) -> F32:
@@ -39,6 +44,18 @@ def gated(activation: Activation, gate: F32, up: F32) -> F32:
     return ((np.float32(0.5) * gate) * (one + tanh)) * up
 
 
+def low_rank(x: F32, update: LowRankUpdate) -> F32:
+    """(B (A x)) * scale of float32 [tokens, in], as [tokens, out].
+
+    A x is a lane_sum for each of its rows; B times that adds one column after another, so that
+    rows of B may be computed side by side.
+    """
+    a, b = update.a.to_float32(), update.b.to_float32()
+    sums = [ordered_sum(lane_sum(a * row) * b, axis=1) for row in x]
+    added: F32 = np.stack(sums) * np.float32(update.scale)
+    return added
+
+
 class Linear:
     """One ternary projection with its own norm and bias where the architecture has them."""
 
@@ -50,8 +67,14 @@ class Linear:
         self.norm = _vector(checkpoint, f"{name}.norm", spec.norm_eps is not None)
         self.bias = _vector(checkpoint, f"{name}.bias", spec.bias)
 
-    def __call__(self, x: F32) -> F32:
-        """Project float32 [tokens, in] to [tokens, out]."""
+    def __call__(self, x: F32, updates: Iterable[tuple[slice, LowRankUpdate]] = ()) -> F32:
+        """Project float32 [tokens, in] to [tokens, out]; some rows with what adapters add."""
+        y = self._base(x)
+        for rows, update in updates:
+            y[rows] = y[rows] + low_rank(x[rows], update)
+        return y
+
+    def _base(self, x: F32) -> F32:
         if self.norm is not None and self.spec.norm_eps is not None:
             x = rms_norm(x, self.norm, self.spec.norm_eps)
         y = self._float_product(x) if self.spec.activation_bits is None else self._product(x)
@@ -95,7 +118,7 @@ class Layer:
 
     def __init__(self, checkpoint: Checkpoint, index: int) -> None:
         self.spec = spec = checkpoint.spec.layers[index]
-        prefix = f"layers.{index}."
+        self._prefix = prefix = f"layers.{index}."
         self.linear = {
             name: Linear(checkpoint, prefix + name, spec.linear(name)) for name in LINEAR_NAMES
         }
@@ -116,12 +139,21 @@ class Layer:
         gain = self.gains[name]
         return x if gain is None else rms_norm(x, gain, self.spec.norm_eps)
 
-    def attention_block(self, h: F32, batch: Batch, cache: KvCache) -> F32:
+    def project(self, name: str, x: F32, adapted: Sequence[AdaptedRows]) -> F32:
+        """Apply the linear called `name` and what adapters add to it."""
+        found = [(rows, adapter.updates.get(self._prefix + name)) for rows, adapter in adapted]
+        updates = [(rows, update) for rows, update in found if update is not None]
+        return self.linear[name](x, updates)
+
+    def attention_block(
+        self, h: F32, batch: Batch, cache: KvCache, adapted: Sequence[AdaptedRows] = ()
+    ) -> F32:
         """What attention adds to the hidden states, float32 [tokens, hidden]."""
         spec, tokens = self.spec, len(h)
         x = self.norm("attn_norm", h)
         q, k, v = (
-            self.linear[name](x).reshape(tokens, -1, spec.head_dim) for name in ("q", "k", "v")
+            self.project(name, x, adapted).reshape(tokens, -1, spec.head_dim)
+            for name in ("q", "k", "v")
         )
         q = rotate(self.norm("q_norm", q), batch.positions, spec.rope)
         k = rotate(self.norm("k_norm", k), batch.positions, spec.rope)
@@ -133,14 +165,15 @@ class Layer:
             for token in range(tokens)
         ]
         attended = np.stack(heads).reshape(tokens, -1)
-        y = self.linear["o"](self.norm("attn_sub_norm", attended))
+        y = self.project("o", self.norm("attn_sub_norm", attended), adapted)
         return self.norm("post_attn_norm", y)
 
-    def ffn_block(self, h: F32) -> F32:
+    def ffn_block(self, h: F32, adapted: Sequence[AdaptedRows] = ()) -> F32:
         """What the feed-forward network adds to the hidden states, float32 [tokens, hidden]."""
         x = self.norm("ffn_norm", h)
-        f = gated(self.spec.activation, self.linear["gate"](x), self.linear["up"](x))
-        y = self.linear["down"](self.norm("ffn_sub_norm", f))
+        gate, up = (self.project(name, x, adapted) for name in ("gate", "up"))
+        f = gated(self.spec.activation, gate, up)
+        y = self.project("down", self.norm("ffn_sub_norm", f), adapted)
         return self.norm("post_ffn_norm", y)
 
 
