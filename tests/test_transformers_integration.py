@@ -306,11 +306,11 @@ class TestReplacing:
         assert len(seen) == 2
 
     def test_a_compiled_model_steps_around_them(self) -> None:
-        model = make_model("bitnet packed")
-        ids = ids_of(1, 6)
-        with torch.no_grad(), use_cpu_kernels(model):
-            compiled = torch.compile(model, backend="eager")
-            assert nmse(compiled(ids).logits, model(ids).logits) < 1e-3
+        mlp = make_model("bitnet packed", num_hidden_layers=1).model.layers[0].mlp
+        x = torch.randn(1, 3, SIZES["hidden_size"])
+        with torch.no_grad(), use_cpu_kernels(mlp):
+            compiled = torch.compile(mlp, backend="eager")
+            assert nmse(compiled(x), mlp(x)) < 1e-5
 
 
 class TestRefusals:
