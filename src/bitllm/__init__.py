@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bitllm.engine.outputs import Chunk as Chunk
     from bitllm.engine.outputs import Completion as Completion
     from bitllm.engine.outputs import Score as Score
+    from bitllm.engine.outputs import TextScore as TextScore
     from bitllm.engine.outputs import TokenLogprob as TokenLogprob
     from bitllm.engine.outputs import ToolCall as ToolCall
     from bitllm.engine.outputs import Usage as Usage
@@ -51,7 +52,15 @@ _HOMES = {
     "bitllm.engine.async_llm": ("AsyncLLM",),
     "bitllm.engine.llm": ("LLM",),
     "bitllm.engine.loading": ("load",),
-    "bitllm.engine.outputs": ("Chunk", "Completion", "Score", "TokenLogprob", "ToolCall", "Usage"),
+    "bitllm.engine.outputs": (
+        "Chunk",
+        "Completion",
+        "Score",
+        "TextScore",
+        "TokenLogprob",
+        "ToolCall",
+        "Usage",
+    ),
     "bitllm.engine.stats": ("EngineStats",),
     "bitllm.errors": (
         "BackendUnavailableError",
@@ -100,6 +109,7 @@ __all__ = [
     "SamplingParams",
     "Score",
     "TensorShapeError",
+    "TextScore",
     "TokenLogprob",
     "TokenizerError",
     "ToolCall",

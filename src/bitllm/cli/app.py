@@ -24,7 +24,8 @@ COMMANDS = {
     "rm": "Remove models from the cache.",
     "info": "Show what a model is and what it needs, without loading it.",
     "convert": "Write a model in another format, read back and compared.",
-    "quantize": "Study what rounding a dense model to a few bits does to its weights.",
+    "quantize": "Study what rounding a dense model to a few bits does.",
+    "perplexity": "Measure how well a model foresees a text.",
     "bench": "Measure the speed of a model beside what this machine can do.",
     "doctor": "Check this machine: kernels, speed, versions, demo model.",
 }

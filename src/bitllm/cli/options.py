@@ -8,15 +8,18 @@ from typing import Any, TypeVar
 
 import click
 
-from bitllm.config import CHOICES
+from bitllm.config import CHOICES, parse_size
+from bitllm.errors import ConfigError
 
 __all__ = [
     "chosen",
     "device_option",
     "engine_options",
+    "form_options",
     "is_verbose",
     "json_option",
     "model_option",
+    "model_reference",
     "option",
     "sampling_options",
     "verbose_option",
@@ -36,6 +39,37 @@ class OneString(click.types.StringParamType):
     def split_envvar_value(self, rv: str) -> list[str]:
         """Return the variable's value as the only one."""
         return [rv]
+
+
+class Size(click.ParamType[int]):
+    """Bytes, as 4096, 800MB, 2.5GB or 1GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes that a text means."""
+        try:
+            return value if isinstance(value, int) else parse_size(str(value))
+        except ConfigError as error:
+            self.fail(f"{error.message}; {error.hint}" if error.hint else error.message, param, ctx)
+
+
+class TokenBias(click.ParamType[tuple[int, float]]):
+    """A token id and the number added to its logit, as 42=-1.5."""
+
+    name = "bias"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, float]:
+        """Return id and number."""
+        if isinstance(value, tuple):
+            return value
+        token, _, number = str(value).partition("=")
+        try:
+            return int(token), float(number)
+        except ValueError:
+            self.fail(f"{value!r} is no token id and number such as 42=-1.5", param, ctx)
 
 
 def option(*names: str, **settings: Any) -> Decorator[F]:
@@ -105,6 +139,30 @@ model_option: Decorator[Any] = option(
 )
 
 
+def _one_model(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Return the model that --model names, or the argument, which stands for it."""
+    argument = ctx.params.pop("ref", None)
+    if argument is None:
+        return value
+    if ctx.get_parameter_source("model") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"two models are named, {argument!r} and {value!r}", ctx)
+    return str(argument)
+
+
+# The argument is processed first, so that the option finds it.
+model_reference: Decorator[Any] = _together(
+    click.argument("ref", metavar="[MODEL]", required=False, is_eager=True),
+    option(
+        "-m",
+        "--model",
+        metavar="REF",
+        callback=_one_model,
+        help="The same as MODEL: a directory, a GGUF file, a short name such as 2b, or"
+        " org/name[@revision] on the Hugging Face Hub. Default: the demo model inside bitllm.",
+    ),
+)
+
+
 def _leave_to_the_backend(
     ctx: click.Context, param: click.Parameter, value: str | None
 ) -> str | None:
@@ -162,6 +220,30 @@ engine_options: Decorator[Any] = _together(
         type=click.Choice(CHOICES["head"]),
         help="How the cpu device computes logits. Default: auto, the fastest that is exact.",
     ),
+    option("--isa", metavar="NAME", help="Kernel set of the cpu device. Default: the best here."),
+    option(
+        "--kv-tokens",
+        metavar="N",
+        type=click.IntRange(min=1),
+        help="Tokens of keys and values over all texts together. Default: as many as --context.",
+    ),
+    option(
+        "--max-batch-tokens",
+        metavar="N",
+        type=click.IntRange(min=1),
+        help="Most tokens that are computed in one step. Default: 256.",
+    ),
+    option(
+        "--prefix-cache/--no-prefix-cache",
+        default=None,
+        help="Keep what was computed for texts that begin alike. Default: yes.",
+    ),
+    option(
+        "--memory-limit",
+        metavar="SIZE",
+        type=Size(),
+        help="Memory the model may take, such as 2.5GB. Default: what is free.",
+    ),
 )
 
 sampling_options: Decorator[Any] = _together(
@@ -204,6 +286,26 @@ sampling_options: Decorator[Any] = _together(
         help="Above 1: make tokens that occurred before less likely.",
     ),
     option(
+        "--frequency-penalty",
+        metavar="X",
+        type=float,
+        help="Subtracted from a logit for each time its token was written.",
+    ),
+    option(
+        "--presence-penalty",
+        metavar="X",
+        type=float,
+        help="Subtracted from the logits of tokens that were written.",
+    ),
+    option(
+        "--logit-bias",
+        metavar="ID=X",
+        type=TokenBias(),
+        multiple=True,
+        callback=lambda ctx, param, value: dict(value) or None,
+        help="Added to the logit of a token id; may be given several times.",
+    ),
+    option(
         "--seed", metavar="N", type=click.IntRange(min=0), help="The same seed gives the same text."
     ),
     option(
@@ -211,5 +313,64 @@ sampling_options: Decorator[Any] = _together(
         type=OneString(),
         multiple=True,
         help="End the text before this string; may be given several times.",
+    ),
+    option(
+        "--stop-token-id",
+        "stop_token_ids",
+        metavar="ID",
+        type=click.IntRange(min=0),
+        multiple=True,
+        help="End the text at this token id; may be given several times.",
+    ),
+    option(
+        "--ignore-eos", is_flag=True, default=None, help="Do not end at the model's own stop ids."
+    ),
+    option(
+        "--min-tokens", metavar="N", type=click.IntRange(min=0), help="End no text before this."
+    ),
+    option(
+        "--timeout",
+        metavar="S",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Seconds after which a text ends with what there is.",
+    ),
+)
+
+
+def _read_schema(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Return a JSON schema: the value itself if it is JSON, or else the file that it names."""
+    return value if value is None or value.lstrip().startswith("{") else _read(value)
+
+
+def _read_grammar(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    return value if value is None else _read(value)
+
+
+def _read(path: str) -> str:
+    from bitllm.cli.text_input import read_file
+
+    return read_file(path)
+
+
+form_options: Decorator[Any] = _together(
+    option(
+        "--json-schema",
+        metavar="FILE|JSON",
+        callback=_read_schema,
+        help="Write JSON of this schema.",
+    ),
+    option("--regex", metavar="REGEX", help="Write text that matches this as a whole."),
+    option(
+        "--grammar",
+        metavar="FILE",
+        callback=_read_grammar,
+        help="Write text of this grammar (Lark or GBNF).",
+    ),
+    option(
+        "--choice",
+        metavar="TEXT",
+        type=OneString(),
+        multiple=True,
+        help="Write one of these texts; to be given several times.",
     ),
 )

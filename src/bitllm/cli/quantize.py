@@ -75,7 +75,7 @@ def quantize(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Study what rounding a dense model to a few bits does to its weights.
+    """Study what rounding a dense model to a few bits does.
 
     SRC is the directory of a dense model (safetensors), or org/name[@revision] on the Hugging Face
     Hub. Nothing is written: the result is a report for each projection, of its error (MSE), signal

@@ -22,7 +22,7 @@ from bitllm.config import SamplingParams, as_integer
 from bitllm.engine.engine_thread import EngineThread, Feed
 from bitllm.engine.llm import LLM, SamplingOptions, check_streams, completion_of, sampling_of
 from bitllm.engine.loading import EngineKeywords, load
-from bitllm.engine.outputs import Chunk, Completion, Score
+from bitllm.engine.outputs import Chunk, Completion, Score, TextScore
 from bitllm.engine.prompt import Message, Prompt, is_one
 from bitllm.engine.request import Request
 from bitllm.engine.scoring import Pooling
@@ -206,6 +206,14 @@ class AsyncLLM:
         """Return the perplexity of a text; as `LLM.perplexity`."""
         return await self._read(
             lambda access: access.perplexity(text, context=context, stride=stride)
+        )
+
+    async def score_text(
+        self, text: Prompt, *, context: int | None = None, stride: int | None = None
+    ) -> TextScore:
+        """Return how well the model foresees a text; as `LLM.score_text`."""
+        return await self._read(
+            lambda access: access.score_text(text, context=context, stride=stride)
         )
 
     async def forward(self, token_ids: Prompt, *, start: int = 0) -> npt.NDArray[np.float32]:
