@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "Write a model in another format, read back and compared.",
     "quantize": "Study what rounding a dense model to a few bits does.",
     "perplexity": "Measure how well a model foresees a text.",
+    "eval": "Run the tasks of lm-eval on a model.",
     "bench": "Measure the speed of a model beside what this machine can do.",
     "doctor": "Check this machine: kernels, speed, versions, demo model.",
 }
