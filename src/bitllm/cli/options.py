@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from bitllm.config import CHOICES, parse_size
 from bitllm.errors import ConfigError
 
 __all__ = [
     "chosen",
+    "complete_model",
     "device_option",
     "engine_options",
     "form_options",
@@ -22,6 +25,7 @@ __all__ = [
     "model_reference",
     "option",
     "sampling_options",
+    "together",
     "verbose_option",
 ]
 
@@ -79,7 +83,7 @@ def option(*names: str, **settings: Any) -> Decorator[F]:
     return click.option(*names, **{"envvar": f"BITLLM_{variable}", "show_envvar": True, **settings})
 
 
-def _together(*decorators: Decorator[F]) -> Decorator[F]:
+def together(*decorators: Decorator[F]) -> Decorator[F]:
     """Return one decorator for several; the help lists them in the order given."""
 
     def decorate(command: F) -> F:
@@ -129,10 +133,32 @@ json_option: Decorator[Any] = option(
     "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
 )
 
+
+def complete_model(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return what a model may be called that begins like this: short, in the cache, a file."""
+    from bitllm.errors import BitllmError
+    from bitllm.formats.hub.cache import cached_models
+    from bitllm.formats.hub.known_models import KNOWN_MODELS
+
+    names = {model.alias: model.what for model in KNOWN_MODELS}
+    with suppress(BitllmError, OSError):  # nobody reads errors while typing
+        names |= {model.name: "in the cache" for model in cached_models() if model.complete}
+    found = [
+        CompletionItem(name, help=what)
+        for name, what in names.items()
+        if name.lower().startswith(incomplete.lower())
+    ]
+    # Shells take files only where no name fits, or where they come first.
+    return [CompletionItem(incomplete, type="file"), *found]
+
+
 model_option: Decorator[Any] = option(
     "-m",
     "--model",
     metavar="REF",
+    shell_complete=complete_model,
     help="A directory, a GGUF file, a short name such as 2b, or org/name[@revision] on the"
     " Hugging Face Hub."
     " Default: the demo model inside bitllm.",
@@ -150,12 +176,15 @@ def _one_model(ctx: click.Context, param: click.Parameter, value: str | None) ->
 
 
 # The argument is processed first, so that the option finds it.
-model_reference: Decorator[Any] = _together(
-    click.argument("ref", metavar="[MODEL]", required=False, is_eager=True),
+model_reference: Decorator[Any] = together(
+    click.argument(
+        "ref", metavar="[MODEL]", required=False, is_eager=True, shell_complete=complete_model
+    ),
     option(
         "-m",
         "--model",
         metavar="REF",
+        shell_complete=complete_model,
         callback=_one_model,
         help="The same as MODEL: a directory, a GGUF file, a short name such as 2b, or"
         " org/name[@revision] on the Hugging Face Hub. Default: the demo model inside bitllm.",
@@ -184,7 +213,7 @@ device_option: Decorator[Any] = option(
     help="What computes: native kernels (cpu) or plain NumPy (reference).",
 )
 
-engine_options: Decorator[Any] = _together(
+engine_options: Decorator[Any] = together(
     option(
         "--offline",
         is_flag=True,
@@ -246,7 +275,7 @@ engine_options: Decorator[Any] = _together(
     ),
 )
 
-sampling_options: Decorator[Any] = _together(
+sampling_options: Decorator[Any] = together(
     option(
         "-n",
         "--max-tokens",
@@ -352,7 +381,7 @@ def _read(path: str) -> str:
     return read_file(path)
 
 
-form_options: Decorator[Any] = _together(
+form_options: Decorator[Any] = together(
     option(
         "--json-schema",
         metavar="FILE|JSON",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitllm.cli.options import json_option, option, verbose_option
+from bitllm.cli.options import complete_model, json_option, option, verbose_option
 from bitllm.cli.terminal import emit, emit_json, note, progress
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class BitList(click.ParamType[tuple[str, ...]]):
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
+@click.argument("source", metavar="SRC", shell_complete=complete_model)
 @option(
     "--bits",
     metavar="N,N",
