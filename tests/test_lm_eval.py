@@ -189,6 +189,8 @@ def test_arguments_of_the_command_line_load_a_model(directory: Path, theirs: Any
 
 # Tasks of one's own
 
+PAGE = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -354,3 +356,20 @@ def test_lm_evals_own_command_knows_us(directory: Path, theirs: Any, tasks: Path
     assert done.returncode == 0, done.stderr[-2000:]
     assert "tiny_choice" in done.stdout
     assert "bitllm" in done.stdout
+
+
+def test_the_task_of_the_page_runs(directory: Path, theirs: Any, tmp_path: Path) -> None:
+    (task,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (row,) = re.findall(r'`(\{"country".*?\})`', PAGE)
+    (tmp_path / "capitals.jsonl").write_text(row)
+    (tmp_path / "capitals.yaml").write_text(task.replace("/path/to", str(tmp_path)))
+    done = evaluate(str(directory), "--include-path", str(tmp_path), "--tasks", "capitals")
+    assert done.exit_code == 0, done.stderr
+    assert re.search(r"\|capitals *\|Yaml *\|none", done.stdout)
+
+
+def test_the_python_of_the_page_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    first, last = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(first, "docs/evaluation.md", "exec"), {})
+    assert len(capfd.readouterr().out.split()) == 3
+    compile(last, "docs/evaluation.md", "exec")

@@ -10,6 +10,7 @@ import click
 
 from bitllm.cli.failures import ending_as_ctrl_c_does
 from bitllm.cli.options import (
+    Decorator,
     complete_model,
     device_option,
     json_option,
@@ -31,7 +32,7 @@ def _full_name(ctx: click.Context, param: click.Parameter, value: str | None) ->
     return "huggingface" if value == "hf" else value
 
 
-conversion_options: Any = together(
+conversion_options: Decorator[Any] = together(
     option(
         "--to",
         type=click.Choice(("huggingface", "hf", "gguf", "mlx")),

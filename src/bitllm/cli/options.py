@@ -14,6 +14,7 @@ from bitllm.config import CHOICES, parse_size
 from bitllm.errors import ConfigError
 
 __all__ = [
+    "Decorator",
     "chosen",
     "complete_model",
     "device_option",

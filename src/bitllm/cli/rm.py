@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
@@ -35,8 +36,7 @@ def rm(refs: tuple[str, ...], yes: bool, as_json: bool) -> None:
     removals = [plan_removal(ref) for ref in dict.fromkeys(refs)]  # all are there, or none goes
     if not yes and not _somebody_is_there():
         raise ConfigError("nobody is there to ask", hint="give --yes to remove without a question")
-    removed = []
-    removed = []
+    removed: list[dict[str, Any]] = []
     for removal in removals:
         question = f"remove {removal.name} ({format_bytes(removal.bytes)})?"
         if yes or click.confirm(question, err=True):
