@@ -200,6 +200,12 @@ class TestRm:
         assert result.stdout == "removed tiiuae/Falcon-E-1B-Instruct\n"
         assert cached(tmp_path) == ["models--org--dense"]
 
+    def test_json_says_what_went(self, hub: FakeHub) -> None:
+        path = resolve_model("falcon-e-1b").path
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        result = bitllm("rm", "falcon-e-1b", "--yes", "--json")
+        assert json.loads(result.stdout) == [{"name": "tiiuae/Falcon-E-1B-Instruct", "bytes": size}]
+
     def test_all_or_nothing(self, hub: FakeHub, tmp_path: Path) -> None:
         resolve_model("org/dense")
         result = bitllm("rm", "org/dense", "falcon-e-1b", "--yes")

@@ -308,6 +308,17 @@ def test_the_memory_plan_follows_the_batch(model: Path) -> None:
     assert "memory for 5 sequences with a context of 1000 tokens: fits" in text
 
 
+def test_the_batch_and_the_tokens_of_the_cache_say_the_same_thing(model: Path) -> None:
+    result = info(model, "--batch", "2", "--kv-tokens", "100")
+    assert result.exit_code == 2
+    assert "give one of them" in result.stderr
+    assert facts(model, "--context", "64", "--kv-tokens", "640")["memory"]["kv_tokens"] == 640
+
+
+def test_a_model_is_named_by_option_as_well(model: Path) -> None:
+    assert facts("-m", str(model)) == facts(str(model))
+
+
 def test_what_a_reader_warns_of_is_unusual(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def warn(path: Path) -> Any:
         warnings.warn("its pre-tokenizer is missing", stacklevel=2)

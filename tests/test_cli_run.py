@@ -19,6 +19,7 @@ from bitllm.cli.app import app
 from bitllm.cli.run import compose
 from bitllm.engine.loading import load
 from bitllm.engine.outputs import Usage
+from bitllm.errors import ConfigError
 from cli_model import write_model
 
 BITLLM = [sys.executable, "-m", "bitllm"]
@@ -149,6 +150,118 @@ def test_stdin_through_a_real_pipe(model: str) -> None:
     done = subprocess.run(command, input="é ü\n".encode(), capture_output=True, check=True)
     assert done.stdout.decode() == written(model, "é ü", max_tokens=8) + "\n"
     assert done.stderr == b""
+
+
+def test_files_come_before_stdin_and_the_argument(model: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("one\n")
+    second.write_text("two\r\n")
+    options = ["-m", model, "--max-tokens", "6"]
+    result = run("ask", "-f", str(first), "-f", str(second), *options, input="piped")
+    assert result.stdout == written(model, "one\ntwo\npiped\nask", max_tokens=6) + "\n"
+    result = run("ask", "-f", "-", "-f", str(first), *options, input="piped\n")
+    assert result.stdout == written(model, "piped\none\nask", max_tokens=6) + "\n"
+    missing = run("-f", str(tmp_path / "none.txt"), *options)
+    assert missing.exit_code == 1
+    assert missing.stderr == f"error: {tmp_path / 'none.txt'}: No such file or directory\n"
+
+
+def test_several_completions_have_a_line_between_them(model: str) -> None:
+    sampling = ["-m", model, "-n", "6", "-t", "1", "--seed", "5"]
+    with load(model, device="reference") as llm:
+        wanted = llm.generate("abc", max_tokens=6, temperature=1, seed=5, n=3)
+        best = llm.generate("abc", max_tokens=6, temperature=1, seed=5, best_of=3)
+    result = run("abc", *sampling, "--completions", "3")
+    assert result.stdout == "---\n".join(f"{each.text}\n" for each in wanted.choices)
+    assert run("abc", *sampling, "--best-of", "3").stdout == best.text + "\n"
+    document = json.loads(run("abc", *sampling, "--completions", "3", "--json").stdout)
+    texts = [document["text"], *(other["text"] for other in document["alternatives"])]
+    assert texts == [each.text for each in wanted.choices]
+
+
+def test_more_sampling_options_reach_the_model(model: str) -> None:
+    arguments = ["--frequency-penalty", "0.5", "--presence-penalty", "0.25", "--min-tokens", "2"]
+    arguments += ["--logit-bias", "65=3.5", "--logit-bias", "66=-100", "--stop-token-id", "67"]
+    result = run("abc", "-m", model, "-n", "20", "-t", "1", "--seed", "1", *arguments)
+    options = {"frequency_penalty": 0.5, "presence_penalty": 0.25, "min_tokens": 2}
+    bias = {"logit_bias": {65: 3.5, 66: -100.0}, "stop_token_ids": [67]}
+    plain = {"max_tokens": 20, "temperature": 1, "seed": 1}
+    assert result.stdout == written(model, "abc", **plain, **options, **bias) + "\n"
+    assert result.stdout != written(model, "abc", **plain) + "\n"
+
+
+def test_ignored_stop_ids_and_a_timeout(model: str) -> None:
+    forced = ["-m", model, "-n", "5", "--logit-bias", "257=1000", "--json"]
+    ended = json.loads(run("abc", *forced).stdout)
+    assert (ended["finish_reason"], len(ended["token_ids"])) == ("stop", 1)
+    ignored = json.loads(run("abc", *forced, "--ignore-eos").stdout)
+    assert (ignored["finish_reason"], ignored["token_ids"]) == ("length", [257] * 5)
+    late = json.loads(run("abc", "-m", model, "-n", "5000", "--timeout", "0.05", "--json").stdout)
+    assert late["finish_reason"] == "timeout"
+
+
+def test_forms_of_a_text(model: str, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "boolean"}')
+    options = ["-m", model, "--max-tokens", "40", "-q"]
+    for value in (str(schema), schema.read_text()):
+        assert json.loads(run("x", *options, "--json-schema", value).stdout) in (True, False)
+    assert re.fullmatch("[ab]{3}\n", run("x", *options, "--regex", "[ab]{3}").stdout)
+    chosen = run("x", *options, "--choice", "one two", "--choice", "three")
+    assert chosen.stdout in ("one two\n", "three\n")
+    grammar = tmp_path / "grammar.lark"
+    grammar.write_text('start: "yes" | "no"')
+    assert run("x", *options, "--grammar", str(grammar)).stdout in ("yes\n", "no\n")
+    both = run("x", *options, "--regex", "a", "--choice", "b")
+    assert both.exit_code == 1
+    assert "regex and choice cannot be asked for together" in both.stderr
+
+
+def test_log_probabilities_are_in_the_json(model: str) -> None:
+    options = ["--logprobs", "2", "--prompt-logprobs", "1", "--json"]
+    document = json.loads(run("abc", "-m", model, "-n", "3", *options).stdout)
+    assert [len(token["top"]) for token in document["logprobs"]] == [2, 2, 2]
+    assert [len(token["top"]) for token in document["prompt_logprobs"]] == [1, 1, 1]
+
+
+def test_engine_options_reach_the_engine(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def remember(ref: str, progress: Any, **options: Any) -> Any:
+        seen.update(options)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("bitllm.engine.loading.load", remember)
+    monkeypatch.delenv("BITLLM_DEVICE")
+    monkeypatch.setenv("BITLLM_MEMORY_LIMIT", "2.5GB")
+    arguments = ["--kv-tokens", "600", "--max-batch-tokens", "32", "--no-prefix-cache"]
+    assert run("x", "-m", model, "--isa", "scalar", *arguments).stderr == "error: seen\n"
+    assert seen == {
+        "isa": "scalar",
+        "kv_tokens": 600,
+        "max_batch_tokens": 32,
+        "prefix_cache": False,
+        "memory_limit": 2_500_000_000,
+    }
+    seen.clear()
+    monkeypatch.delenv("BITLLM_MEMORY_LIMIT")
+    run("x", "-m", model)
+    assert seen == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--memory-limit", "lots"], "'lots' is no size in bytes; write 4096, 800MB"),
+        (["--logit-bias", "A=1"], "'A=1' is no token id and number such as 42=-1.5"),
+        (["--completions", "0"], "0 is not in the range"),
+    ],
+)
+def test_values_that_cannot_be_read(model: str, arguments: list[str], says: str) -> None:
+    result = run("abc", "-m", model, *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert says in result.stderr
 
 
 def test_json_is_one_document_with_everything(model: str) -> None:

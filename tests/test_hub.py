@@ -135,6 +135,21 @@ class TestLocal:
         with pytest.raises(ConfigError, match="revision"):
             resolve_model(None, revision="main")
 
+    def test_a_path_that_is_not_there_is_called_that(self, tmp_path: Path) -> None:
+        assert "no such file or directory" in refusal(str(tmp_path / "nothing"))
+        assert "no such file or directory" in refusal("./nothing")
+
+    def test_a_name_in_a_directory_of_this_machine_is_a_path(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        (tmp_path / "models" / "mine").mkdir(parents=True)
+        message = refusal("models/mien")
+        assert "there is no file or directory 'models/mien', nor a model" in message
+        assert message.endswith("hint: did you mean models/mine?")
+        assert "HF_TOKEN" in refusal("models/other")  # nothing is near
+        assert "file or directory" not in refusal("hf:models/mien")
+        assert "file or directory" not in refusal("elsewhere/mine")
+
     def test_near_names_on_disk(self, tmp_path: Path) -> None:
         (tmp_path / "my-model").mkdir()
         assert "my-model" in refusal(str(tmp_path / "my-modle"))
@@ -262,17 +277,20 @@ class TestHub:
         message = refusal("org/plain")
         assert "cannot be reached" in message
         assert "HF_ENDPOINT" in message
+        assert "://" not in message
 
     @pytest.mark.parametrize("repo", ["wild", "climbing", "absolute", "backslash"])
     def test_an_index_that_leads_elsewhere(self, hub: FakeHub, repo: str) -> None:
         if repo == "wild":  # a file of that name, and not a pattern for all files
-            assert "lacks a file" in refusal("org/wild")
+            assert "org/wild lacks *\n" in refusal("org/wild")
         else:
             assert "which is no file name" in refusal(f"org/{repo}", FormatError)
         assert not [file for _, file in hub.downloads if not file.endswith(".json")]
 
     def test_an_index_that_names_what_is_not_there(self, hub: FakeHub) -> None:
-        assert "lacks a file" in refusal("org/gone")
+        message = refusal("org/gone")
+        assert "org/gone lacks gone.safetensors" in message
+        assert "://" not in message
 
     @pytest.mark.parametrize(
         ("code", "words"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "cannot be written")]
@@ -349,7 +367,7 @@ class TestGguf:
         assert not [file for _, file in hub.downloads if file.endswith(".gguf")]
 
     def test_a_file_that_is_not_there(self, hub: FakeHub) -> None:
-        assert "lacks a file" in refusal("org/ggufs/none.gguf")
+        assert "org/ggufs lacks none.gguf" in refusal("org/ggufs/none.gguf")
 
 
 class TestAliases:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bitllm.engine.outputs import Chunk as Chunk
     from bitllm.engine.outputs import Completion as Completion
     from bitllm.engine.outputs import Score as Score
+    from bitllm.engine.outputs import TextScore as TextScore
     from bitllm.engine.outputs import TokenLogprob as TokenLogprob
     from bitllm.engine.outputs import ToolCall as ToolCall
     from bitllm.engine.outputs import Usage as Usage
@@ -56,7 +57,15 @@ _HOMES = {
     "bitllm.engine.llm": ("LLM",),
     "bitllm.engine.loading": ("load",),
     "bitllm.engine.model_pool": ("LoadedModel", "ModelPool"),
-    "bitllm.engine.outputs": ("Chunk", "Completion", "Score", "TokenLogprob", "ToolCall", "Usage"),
+    "bitllm.engine.outputs": (
+        "Chunk",
+        "Completion",
+        "Score",
+        "TextScore",
+        "TokenLogprob",
+        "ToolCall",
+        "Usage",
+    ),
     "bitllm.engine.stats": ("EngineStats",),
     "bitllm.errors": (
         "BackendUnavailableError",
@@ -108,6 +117,7 @@ __all__ = [
     "SamplingParams",
     "Score",
     "TensorShapeError",
+    "TextScore",
     "TokenLogprob",
     "TokenizerError",
     "ToolCall",

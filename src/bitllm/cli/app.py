@@ -24,9 +24,14 @@ COMMANDS = {
     "rm": "Remove models from the cache.",
     "info": "Show what a model is and what it needs, without loading it.",
     "convert": "Write a model in another format, read back and compared.",
-    "quantize": "Study what rounding a dense model to a few bits does to its weights.",
+    "quantize": "Study what rounding a dense model to a few bits does.",
+    "train": "Train a model by a recipe.",
+    "export": "Write the model of a training run in the format it is wanted in.",
+    "perplexity": "Measure how well a model foresees a text.",
+    "eval": "Run the tasks of lm-eval on a model.",
     "bench": "Measure the speed of a model beside what this machine can do.",
     "doctor": "Check this machine: kernels, speed, versions, demo model.",
+    "completion": "Print the script by which a shell completes.",
 }
 """The verbs in the order of the help, with the first line of each verb's own help; verb `x` is the
 command `x` of the module `bitllm.cli.x`."""

@@ -10,7 +10,6 @@ import click
 
 from bitllm.cli.model import split_options
 from bitllm.cli.options import (
-    chosen,
     engine_options,
     json_option,
     model_option,
@@ -82,7 +81,6 @@ class Numbers(click.ParamType[tuple[int, ...]]):
     type=click.IntRange(min=1),
     help="Runs of each figure, of which the median is told. Default: 5.",
 )
-@option("--isa", metavar="NAME", help="Kernel set. Default: the best one here.")
 @engine_options
 @option("--profile", is_flag=True, help="Also tell where the time goes, stage by stage.")
 @option(
@@ -103,9 +101,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 )
 @json_option
 @verbose_option
-def bench(
-    model: str | None, isa: str | None, plot: Path | None, as_json: bool, **options: Any
-) -> None:
+def bench(model: str | None, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Measure the speed of a model beside what this machine can do.
 
     Before anything is timed, the model's output is compared, bit for bit, with that of the scalar
@@ -124,9 +120,7 @@ def bench(
     from bitllm.errors import MeasurementError
 
     engine, others = split_options(options)
-    settings = BenchSettings(
-        **others, engine=EngineOptions.from_options({**engine, **chosen(isa=isa)})
-    )
+    settings = BenchSettings(**others, engine=EngineOptions.from_options(engine))
     if plot is not None:
         from bitllm.bench.plot import require_matplotlib
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitllm.cli.failures import ending_as_ctrl_c_does
-from bitllm.cli.options import device_option, json_option, option, verbose_option
+from bitllm.cli.options import (
+    Decorator,
+    complete_model,
+    device_option,
+    json_option,
+    option,
+    together,
+    verbose_option,
+)
 from bitllm.cli.terminal import emit, emit_json, note, progress
 
 if TYPE_CHECKING:
@@ -17,46 +25,49 @@ if TYPE_CHECKING:
     from bitllm.convert.verify import Verification
     from bitllm.formats.writers import WritePlan
 
-__all__ = ["convert"]
+__all__ = ["conversion_options", "convert", "write_converted"]
+
+
+def _full_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    return "huggingface" if value == "hf" else value
+
+
+conversion_options: Decorator[Any] = together(
+    option(
+        "--to",
+        type=click.Choice(("huggingface", "hf", "gguf", "mlx")),
+        callback=_full_name,
+        help="The format. Default: gguf if the target ends in .gguf, else huggingface.",
+    ),
+    option(
+        "--type",
+        "kind",
+        type=click.Choice(("i2_s", "tq2_0", "tq1_0")),
+        help="Type of the ternary matrices in a GGUF file. Default: i2_s.",
+    ),
+    option(
+        "--convention",
+        type=click.Choice(("multiply", "divide")),
+        help="What huggingface models do with a weight scale. Default: as in the source.",
+    ),
+    option("--force", is_flag=True, help="Replace a file or model directory of that name."),
+    option(
+        "--verify/--no-verify",
+        default=True,
+        help="Read the result back and compare it with the source. Default: yes.",
+    ),
+    device_option,
+    json_option,
+    verbose_option,
+)
+"""The options of whatever writes a model in another format."""
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
+@click.argument("source", metavar="SRC", shell_complete=complete_model)
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@option(
-    "--to",
-    type=click.Choice(("huggingface", "gguf", "mlx")),
-    help="The format. Default: gguf if DST ends in .gguf, else huggingface.",
-)
-@option(
-    "--type",
-    "kind",
-    type=click.Choice(("i2_s", "tq2_0", "tq1_0")),
-    help="Type of the ternary matrices in a GGUF file. Default: i2_s.",
-)
-@option(
-    "--convention",
-    type=click.Choice(("multiply", "divide")),
-    help="What huggingface models do with a weight scale. Default: as in SRC.",
-)
-@option("--force", is_flag=True, help="Replace a file or model directory of that name.")
-@option(
-    "--verify/--no-verify",
-    default=True,
-    help="Read the result back and compare it with SRC. Default: yes.",
-)
-@device_option
-@json_option
-@verbose_option
-def convert(
-    source: str,
-    target: Path,
-    force: bool,
-    verify: bool,
-    device: str | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@conversion_options
+def convert(source: str, target: Path, **options: Any) -> None:
     """Write a model in another format, read back and compared.
 
     SRC is a directory or file, or org/name[@revision] on the Hugging Face Hub. What DST's format
@@ -69,6 +80,20 @@ def convert(
     bitllm convert 2b.gguf ./2b --to huggingface
     bitllm convert ./2b ./2b-mlx --to mlx
     """  # noqa: D301
+    write_converted(source, target, **options)
+
+
+def write_converted(
+    source: str,
+    target: Path,
+    *,
+    force: bool,
+    verify: bool,
+    device: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Convert a model and report on it, by the values of `conversion_options`."""
     from bitllm.convert import plan_conversion, run_conversion
 
     conversion = plan_conversion(source, target, replace=force, **options)

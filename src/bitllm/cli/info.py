@@ -13,7 +13,13 @@ import click
 
 from bitllm.cli.model import split_options
 from bitllm.cli.oddities import find_oddities
-from bitllm.cli.options import engine_options, json_option, option, verbose_option
+from bitllm.cli.options import (
+    engine_options,
+    json_option,
+    model_reference,
+    option,
+    verbose_option,
+)
 from bitllm.cli.terminal import emit, emit_json, format_count
 from bitllm.errors import TokenizerError
 
@@ -29,7 +35,7 @@ __all__ = ["info"]
 
 
 @click.command()
-@click.argument("ref", required=False, envvar="BITLLM_MODEL")
+@model_reference
 @engine_options
 @option(
     "--batch",
@@ -43,13 +49,12 @@ __all__ = ["info"]
 @json_option
 @verbose_option
 def info(
-    ref: str | None, batch: int, check: bool, tensors: bool, as_json: bool, **options: Any
+    model: str | None, batch: int, check: bool, tensors: bool, as_json: bool, **options: Any
 ) -> None:
     """Show what a model is and what it needs, without loading it.
 
-    REF is a directory or file, a short name (`bitllm list --known`), or org/name[@revision] on the
-    Hugging Face Hub, which is downloaded if it is not in the cache; without REF, BITLLM_MODEL, or
-    else the demo model inside bitllm.
+    MODEL is a directory or file, a short name (`bitllm list --known`), or org/name[@revision] on
+    the Hugging Face Hub, which is downloaded if it is not in the cache.
 
     \b
     bitllm info microsoft/bitnet-b1.58-2B-4T
@@ -63,12 +68,14 @@ def info(
 
     settings = EngineOptions.from_options(split_options(options)[0])
     device = choose_device(settings.device)
-    files = resolve_model(ref)
+    files = resolve_model(model)
     # What readers warn of belongs to what is unusual, and is told there.
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         checkpoint = open_checkpoint(files.path)
         tokenizer = _load_tokenizer(files)
+    if batch > 1 and settings.kv_tokens is not None:
+        raise click.UsageError("--batch says how many --kv-tokens there are; give one of them")
     if batch > 1:
         tokens = batch * _whole_blocks(context_length(checkpoint.spec, settings))
         settings = dataclasses.replace(settings, kv_tokens=tokens)

@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINE_OPTIONS", "load_model", "print_status", "resident_bytes", "split_options"]
 
-ENGINE_OPTIONS = ("device", "threads", "context", "kv_dtype", "packing", "head")
+ENGINE_OPTIONS = (
+    "device",
+    "threads",
+    "context",
+    "kv_dtype",
+    "packing",
+    "head",
+    "isa",
+    "kv_tokens",
+    "max_batch_tokens",
+    "prefix_cache",
+    "memory_limit",
+)
 """The options of a command that say how a model is loaded; the others say how it answers."""
 
 

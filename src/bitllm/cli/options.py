@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
-from bitllm.config import CHOICES
+from bitllm.config import CHOICES, parse_size
+from bitllm.errors import ConfigError
 
 __all__ = [
+    "Decorator",
     "adapter_option",
     "chosen",
+    "complete_model",
     "device_option",
     "engine_options",
+    "form_options",
     "is_verbose",
     "json_option",
     "model_option",
+    "model_reference",
     "option",
     "sampling_options",
+    "together",
     "verbose_option",
 ]
 
@@ -39,6 +47,37 @@ class OneString(click.types.StringParamType):
         return [rv]
 
 
+class Size(click.ParamType[int]):
+    """Bytes, as 4096, 800MB, 2.5GB or 1GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes that a text means."""
+        try:
+            return value if isinstance(value, int) else parse_size(str(value))
+        except ConfigError as error:
+            self.fail(f"{error.message}; {error.hint}" if error.hint else error.message, param, ctx)
+
+
+class TokenBias(click.ParamType[tuple[int, float]]):
+    """A token id and the number added to its logit, as 42=-1.5."""
+
+    name = "bias"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, float]:
+        """Return id and number."""
+        if isinstance(value, tuple):
+            return value
+        token, _, number = str(value).partition("=")
+        try:
+            return int(token), float(number)
+        except ValueError:
+            self.fail(f"{value!r} is no token id and number such as 42=-1.5", param, ctx)
+
+
 def option(*names: str, **settings: Any) -> Decorator[F]:
     """Return `click.option` with the environment variable BITLLM_<LONG NAME>, shown in the help."""
     long = next(name for name in names if name.startswith("--")).split("/")[0]
@@ -46,7 +85,7 @@ def option(*names: str, **settings: Any) -> Decorator[F]:
     return click.option(*names, **{"envvar": f"BITLLM_{variable}", "show_envvar": True, **settings})
 
 
-def _together(*decorators: Decorator[F]) -> Decorator[F]:
+def together(*decorators: Decorator[F]) -> Decorator[F]:
     """Return one decorator for several; the help lists them in the order given."""
 
     def decorate(command: F) -> F:
@@ -96,13 +135,62 @@ json_option: Decorator[Any] = option(
     "--json", "as_json", is_flag=True, help="Print one JSON document instead of text."
 )
 
+
+def complete_model(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return what a model may be called that begins like this: short, in the cache, a file."""
+    from bitllm.errors import BitllmError
+    from bitllm.formats.hub.cache import cached_models
+    from bitllm.formats.hub.known_models import KNOWN_MODELS
+
+    names = {model.alias: model.what for model in KNOWN_MODELS}
+    with suppress(BitllmError, OSError):  # nobody reads errors while typing
+        names |= {model.name: "in the cache" for model in cached_models() if model.complete}
+    found = [
+        CompletionItem(name, help=what)
+        for name, what in names.items()
+        if name.lower().startswith(incomplete.lower())
+    ]
+    # Shells take files only where no name fits, or where they come first.
+    return [CompletionItem(incomplete, type="file"), *found]
+
+
 model_option: Decorator[Any] = option(
     "-m",
     "--model",
     metavar="REF",
+    shell_complete=complete_model,
     help="A directory, a GGUF file, a short name such as 2b, or org/name[@revision] on the"
     " Hugging Face Hub."
     " Default: the demo model inside bitllm.",
+)
+
+
+def _one_model(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Return the model that --model names, or the argument, which stands for it."""
+    argument = ctx.params.pop("ref", None)
+    if argument is None:
+        return value
+    if ctx.get_parameter_source("model") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"two models are named, {argument!r} and {value!r}", ctx)
+    return str(argument)
+
+
+# The argument is processed first, so that the option finds it.
+model_reference: Decorator[Any] = together(
+    click.argument(
+        "ref", metavar="[MODEL]", required=False, is_eager=True, shell_complete=complete_model
+    ),
+    option(
+        "-m",
+        "--model",
+        metavar="REF",
+        shell_complete=complete_model,
+        callback=_one_model,
+        help="The same as MODEL: a directory, a GGUF file, a short name such as 2b, or"
+        " org/name[@revision] on the Hugging Face Hub. Default: the demo model inside bitllm.",
+    ),
 )
 
 
@@ -127,7 +215,7 @@ device_option: Decorator[Any] = option(
     help="What computes: native kernels (cpu) or plain NumPy (reference).",
 )
 
-engine_options: Decorator[Any] = _together(
+engine_options: Decorator[Any] = together(
     option(
         "--offline",
         is_flag=True,
@@ -163,6 +251,30 @@ engine_options: Decorator[Any] = _together(
         type=click.Choice(CHOICES["head"]),
         help="How the cpu device computes logits. Default: auto, the fastest that is exact.",
     ),
+    option("--isa", metavar="NAME", help="Kernel set of the cpu device. Default: the best here."),
+    option(
+        "--kv-tokens",
+        metavar="N",
+        type=click.IntRange(min=1),
+        help="Tokens of keys and values over all texts together. Default: as many as --context.",
+    ),
+    option(
+        "--max-batch-tokens",
+        metavar="N",
+        type=click.IntRange(min=1),
+        help="Most tokens that are computed in one step. Default: 256.",
+    ),
+    option(
+        "--prefix-cache/--no-prefix-cache",
+        default=None,
+        help="Keep what was computed for texts that begin alike. Default: yes.",
+    ),
+    option(
+        "--memory-limit",
+        metavar="SIZE",
+        type=Size(),
+        help="Memory the model may take, such as 2.5GB. Default: what is free.",
+    ),
 )
 
 adapter_option: Decorator[Any] = option(
@@ -171,7 +283,7 @@ adapter_option: Decorator[Any] = option(
     help="A low-rank adapter: a directory that PEFT has written.",
 )
 
-sampling_options: Decorator[Any] = _together(
+sampling_options: Decorator[Any] = together(
     option(
         "-n",
         "--max-tokens",
@@ -217,6 +329,26 @@ sampling_options: Decorator[Any] = _together(
         help="Above 1: make tokens that occurred before less likely.",
     ),
     option(
+        "--frequency-penalty",
+        metavar="X",
+        type=float,
+        help="Subtracted from a logit for each time its token was written.",
+    ),
+    option(
+        "--presence-penalty",
+        metavar="X",
+        type=float,
+        help="Subtracted from the logits of tokens that were written.",
+    ),
+    option(
+        "--logit-bias",
+        metavar="ID=X",
+        type=TokenBias(),
+        multiple=True,
+        callback=lambda ctx, param, value: dict(value) or None,
+        help="Added to the logit of a token id; may be given several times.",
+    ),
+    option(
         "--seed", metavar="N", type=click.IntRange(min=0), help="The same seed gives the same text."
     ),
     option(
@@ -224,5 +356,64 @@ sampling_options: Decorator[Any] = _together(
         type=OneString(),
         multiple=True,
         help="End the text before this string; may be given several times.",
+    ),
+    option(
+        "--stop-token-id",
+        "stop_token_ids",
+        metavar="ID",
+        type=click.IntRange(min=0),
+        multiple=True,
+        help="End the text at this token id; may be given several times.",
+    ),
+    option(
+        "--ignore-eos", is_flag=True, default=None, help="Do not end at the model's own stop ids."
+    ),
+    option(
+        "--min-tokens", metavar="N", type=click.IntRange(min=0), help="End no text before this."
+    ),
+    option(
+        "--timeout",
+        metavar="S",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Seconds after which a text ends with what there is.",
+    ),
+)
+
+
+def _read_schema(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Return a JSON schema: the value itself if it is JSON, or else the file that it names."""
+    return value if value is None or value.lstrip().startswith("{") else _read(value)
+
+
+def _read_grammar(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    return value if value is None else _read(value)
+
+
+def _read(path: str) -> str:
+    from bitllm.cli.text_input import read_file
+
+    return read_file(path)
+
+
+form_options: Decorator[Any] = together(
+    option(
+        "--json-schema",
+        metavar="FILE|JSON",
+        callback=_read_schema,
+        help="Write JSON of this schema.",
+    ),
+    option("--regex", metavar="REGEX", help="Write text that matches this as a whole."),
+    option(
+        "--grammar",
+        metavar="FILE",
+        callback=_read_grammar,
+        help="Write text of this grammar (Lark or GBNF).",
+    ),
+    option(
+        "--choice",
+        metavar="TEXT",
+        type=OneString(),
+        multiple=True,
+        help="Write one of these texts; to be given several times.",
     ),
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitllm.cli.options import json_option, option, verbose_option
+from bitllm.cli.options import complete_model, json_option, option, verbose_option
 from bitllm.cli.terminal import emit, emit_json, note, paint, waiting
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ __all__ = ["pull"]
 
 
 @click.command()
-@click.argument("ref")
+@click.argument("ref", shell_complete=complete_model)
 @option("--revision", metavar="NAME", help="Branch, tag or commit; the same as REF@NAME.")
 @option("--check", is_flag=True, help="Compare every file with its checksum, old ones too.")
 @json_option

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitllm.cli.options import json_option, option, verbose_option
+from bitllm.cli.options import complete_model, json_option, option, verbose_option
 from bitllm.cli.terminal import emit, emit_json, note, progress
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class BitList(click.ParamType[tuple[str, ...]]):
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
+@click.argument("source", metavar="SRC", shell_complete=complete_model)
 @option(
     "--bits",
     metavar="N,N",
@@ -75,7 +75,7 @@ def quantize(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Study what rounding a dense model to a few bits does to its weights.
+    """Study what rounding a dense model to a few bits does.
 
     SRC is the directory of a dense model (safetensors), or org/name[@revision] on the Hugging Face
     Hub. Nothing is written: the result is a report for each projection, of its error (MSE), signal

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
-from bitllm.cli.options import option, verbose_option
-from bitllm.cli.terminal import emit
+from bitllm.cli.options import complete_model, json_option, option, verbose_option
+from bitllm.cli.terminal import emit, emit_json
 
 __all__ = ["rm"]
 
 
 @click.command()
-@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@click.argument("refs", metavar="REF...", nargs=-1, required=True, shell_complete=complete_model)
 @option("-y", "--yes", is_flag=True, help="Do not ask.")
+@json_option
 @verbose_option
-def rm(refs: tuple[str, ...], yes: bool) -> None:
+def rm(refs: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """Remove models from the cache.
 
     REF is a name as `bitllm list` shows it, or a short one: org/name for all its revisions,
@@ -34,11 +36,16 @@ def rm(refs: tuple[str, ...], yes: bool) -> None:
     removals = [plan_removal(ref) for ref in dict.fromkeys(refs)]  # all are there, or none goes
     if not yes and not _somebody_is_there():
         raise ConfigError("nobody is there to ask", hint="give --yes to remove without a question")
+    removed: list[dict[str, Any]] = []
     for removal in removals:
         question = f"remove {removal.name} ({format_bytes(removal.bytes)})?"
         if yes or click.confirm(question, err=True):
             removal.run()
-            emit(f"removed {removal.name}")
+            removed.append({"name": removal.name, "bytes": removal.bytes})
+            if not as_json:
+                emit(f"removed {removal.name}")
+    if as_json:
+        emit_json(removed)
 
 
 def _somebody_is_there() -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import threading
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,13 +13,15 @@ from bitllm.cli.model import load_model, print_status, split_options
 from bitllm.cli.options import (
     adapter_option,
     engine_options,
+    form_options,
     json_option,
     model_option,
     option,
     sampling_options,
     verbose_option,
 )
-from bitllm.cli.terminal import emit, emit_json, note, waiting
+from bitllm.cli.terminal import emit, emit_json, waiting
+from bitllm.cli.text_input import STDIN, read_file, read_piped
 
 if TYPE_CHECKING:
     from bitllm.cli.conversation import Message
@@ -30,17 +30,49 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-STDIN_PATIENCE_S = 3.0
-"""A stdin that stays silent for this long is mentioned: it may be open by mistake."""
-
 
 @click.command()
 @click.argument("prompt", required=False)
 @model_option
 @adapter_option
+@option(
+    "-f",
+    "--file",
+    "files",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    multiple=True,
+    help="Read a text file as prompt; may be given several times.",
+)
 @option("--chat", is_flag=True, help="Ask by the model's chat template.")
 @option("--system", metavar="TEXT", help="System message of the chat template; implies --chat.")
 @sampling_options
+@form_options
+@option(
+    "--completions",
+    "n",
+    metavar="N",
+    type=click.IntRange(min=1, max=128),
+    help="Write so many texts, with a line of --- between them. Default: 1.",
+)
+@option(
+    "--best-of",
+    metavar="N",
+    type=click.IntRange(min=1, max=128),
+    help="Write so many, and show the likeliest of them.",
+)
+@option(
+    "--logprobs",
+    metavar="K",
+    type=click.IntRange(min=0),
+    help="With --json: log-probabilities of each token and of the K likeliest.",
+)
+@option(
+    "--prompt-logprobs",
+    metavar="K",
+    type=click.IntRange(min=0),
+    help="With --json: the same for the tokens of the prompt.",
+)
 @engine_options
 @json_option
 @option("--stream/--no-stream", default=True, help="Print the text as it is made, or at the end.")
@@ -49,6 +81,7 @@ STDIN_PATIENCE_S = 3.0
 def run(
     prompt: str | None,
     model: str | None,
+    files: tuple[str, ...],
     chat: bool,
     system: str | None,
     as_json: bool,
@@ -58,21 +91,23 @@ def run(
 ) -> None:
     """Continue a prompt and print the text.
 
-    Text on stdin is prompt too: alone, or before PROMPT, which then follows on a new line. The last
-    line end of stdin is dropped. Options that are not given are as the model says: see bitllm info.
+    The prompt is what files and stdin hold, each without its last line end, and then PROMPT, each
+    on a new line; one of them is enough. Options that are not given are as the model says: see
+    bitllm info.
 
     \b
     bitllm run "The list"
     bitllm run -m microsoft/bitnet-b1.58-2B-4T --chat "Why is the sky blue?"
     bitllm run -m ORG/NAME --chat "Sum this up in one sentence." < notes.txt
+    bitllm run -f prompt.txt --json-schema schema.json --json
     """  # noqa: D301
-    text = compose(read_stdin(), prompt)
+    text = compose(*_texts(files), prompt)
     if text is None:
         raise click.UsageError("no prompt: give it as an argument or on stdin")
     engine, sampling = split_options(options)
     llm = load_model(model, engine)
     messages = _messages(text, system) if chat or system else None
-    if stream and not as_json:
+    if stream and not as_json and not {"n", "best_of"} & sampling.keys():
         usage = _stream(llm, messages or text, sampling)
     else:
         usage = _complete(llm, messages or text, sampling, as_json)
@@ -106,26 +141,21 @@ def _complete(
     if as_json:
         emit_json({"model": llm.name, **dataclasses.asdict(completion)})
     else:
-        emit(completion.text, end="" if completion.text.endswith("\n") else "\n")
+        texts = [choice.text for choice in completion.choices]
+        ended = (text if text.endswith("\n") else f"{text}\n" for text in texts)
+        emit("---\n".join(ended), end="")
     return completion.usage
 
 
-def compose(stdin: str | None, prompt: str | None) -> str | None:
-    """Return the prompt: what stdin said, then the argument on a new line; None without either."""
-    parts = [part for part in (stdin, prompt) if part]
-    return "\n".join(parts) if parts else None
+def compose(*parts: str | None) -> str | None:
+    """Return the prompt: the parts that are there, each on a new line; None without any."""
+    given = [part for part in parts if part]
+    return "\n".join(given) if given else None
 
 
-def read_stdin() -> str | None:
-    """Return all of stdin without its last line end; None if a person sits at it."""
-    if sys.stdin is None or sys.stdin.isatty():
-        return None
-    reminder = threading.Timer(
-        STDIN_PATIENCE_S, note, ["waiting for the end of stdin (`< /dev/null` if there is none)"]
-    )
-    reminder.daemon = True
-    reminder.start()
-    try:
-        return sys.stdin.read().removesuffix("\n").removesuffix("\r")
-    finally:
-        reminder.cancel()
+def _texts(files: tuple[str, ...]) -> list[str | None]:
+    """Return the texts of the files and of stdin, which is read where `-` stands, or last."""
+    texts: list[str | None] = [read_file(path) for path in files]
+    if STDIN not in files:
+        texts.append(read_piped())
+    return [text and text.removesuffix("\n").removesuffix("\r") for text in texts]

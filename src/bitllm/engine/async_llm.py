@@ -30,7 +30,7 @@ from bitllm.engine.llm import (
     sampling_of,
 )
 from bitllm.engine.loading import EngineKeywords, load
-from bitllm.engine.outputs import Chunk, Completion, Score
+from bitllm.engine.outputs import Chunk, Completion, Score, TextScore
 from bitllm.engine.prompt import Message, Prompt, is_one
 from bitllm.engine.request import Request
 from bitllm.engine.scoring import Pooling
@@ -224,6 +224,19 @@ class AsyncLLM:
         """Return the perplexity of a text; as `LLM.perplexity`."""
         return await self._read(
             lambda access: access.perplexity(text, context=context, stride=stride, adapter=adapter)
+        )
+
+    async def score_text(
+        self,
+        text: Prompt,
+        *,
+        context: int | None = None,
+        stride: int | None = None,
+        adapter: str | None = None,
+    ) -> TextScore:
+        """Return how well the model foresees a text; as `LLM.score_text`."""
+        return await self._read(
+            lambda access: access.score_text(text, context=context, stride=stride, adapter=adapter)
         )
 
     async def forward(

@@ -12,6 +12,7 @@ __all__ = [
     "Completion",
     "FinishReason",
     "Score",
+    "TextScore",
     "TokenLogprob",
     "ToolCall",
     "Usage",
@@ -49,6 +50,47 @@ class Score:
     logprob: float
     greedy: bool
     tokens: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextScore:
+    """How well a model foresees a text; each token but the first is scored once.
+
+    Attributes:
+        logprob: natural log-probability of all scored tokens together.
+        squares: sum of the squares of their log-probabilities.
+        tokens: how many were scored.
+        text_bytes: bytes of UTF-8 that they stand for; None where only token ids were given.
+    """
+
+    logprob: float
+    squares: float
+    tokens: int
+    text_bytes: int | None
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean negative log-probability of a token; may be infinite."""
+        return _exp(-self.logprob / self.tokens)
+
+    @property
+    def perplexity_error(self) -> float:
+        """Standard error of `perplexity`, as if the tokens were drawn independently; 0 for one."""
+        if self.tokens < 2:
+            return 0.0
+        mean = self.logprob / self.tokens
+        variance = max(0.0, self.squares / self.tokens - mean * mean)
+        return self.perplexity * math.sqrt(variance / (self.tokens - 1))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits that coding a byte of the text takes; None without a text."""
+        return -self.logprob / math.log(2) / self.text_bytes if self.text_bytes else None
+
+    @property
+    def byte_perplexity(self) -> float | None:
+        """Perplexity of a byte, which vocabularies can be compared by; None without a text."""
+        return _exp(-self.logprob / self.text_bytes) if self.text_bytes else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,3 +234,10 @@ def join_choices(completions: Sequence[Completion], n: int, *, logprobs: bool) -
     if not logprobs:
         best = [replace(each, logprobs=None) for each in best]
     return replace(best[0], alternatives=tuple(best[1:])) if len(best) > 1 else best[0]
+
+
+def _exp(exponent: float) -> float:
+    try:
+        return math.exp(exponent)
+    except OverflowError:
+        return math.inf

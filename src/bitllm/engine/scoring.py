@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -12,20 +12,22 @@ import numpy.typing as npt
 from bitllm.backends.base import OutputKind
 from bitllm.checkpoint import ModelSpec
 from bitllm.config import as_integer
-from bitllm.engine.outputs import Score, TokenLogprob
+from bitllm.engine.outputs import Score, TextScore, TokenLogprob
 from bitllm.engine.readout import Readout
 from bitllm.engine.request import Request, readout_request
 from bitllm.errors import CheckpointError, ConfigError
+from bitllm.tokenizer import Tokenizer
 
 __all__ = [
     "Pooling",
     "check_pooling",
     "hidden_request",
     "logits_request",
-    "perplexity_of",
     "pool",
     "score_of",
     "score_request",
+    "scored_bytes",
+    "text_score_of",
     "windows",
 ]
 
@@ -99,16 +101,45 @@ def windows(
             return
 
 
-def perplexity_of(logprobs: Iterable[F32]) -> float:
-    """Return exp of the mean of the negative log-probabilities, given in pieces."""
-    total, count = 0.0, 0
+def text_score_of(
+    logprobs: Iterable[F32],
+    text_bytes: int | None,
+    progress: Callable[[int], None] | None = None,
+) -> TextScore:
+    """Return what the log-probabilities of the tokens of a text, given in pieces, come to.
+
+    Args:
+        logprobs: the pieces, each float32 [tokens].
+        text_bytes: bytes of UTF-8 that these tokens stand for, or None if there is no text.
+        progress: told how many tokens have been scored, after each piece.
+    """
+    total, squares, count = 0.0, 0.0, 0
     for piece in logprobs:
         total += float(piece.sum(dtype=np.float64))
+        squares += float(np.square(piece, dtype=np.float64).sum())
         count += len(piece)
-    try:
-        return math.exp(-total / count)
-    except OverflowError:
-        return math.inf
+        if progress is not None:
+            progress(count)
+    return TextScore(total, squares, count, text_bytes)
+
+
+def scored_bytes(
+    text: str, token_ids: Sequence[int], limit: int | None, tokenizer: Tokenizer
+) -> int:
+    """Return how many bytes of a text its tokens but the first stand for.
+
+    The first is a start token, which stands for none, or is not scored. Where tokens hold parts of
+    a character, one that the first begins is left out, and so is one that a limit cuts.
+
+    Args:
+        text: the text.
+        token_ids: its tokens, up to the limit.
+        limit: None = they are all there.
+        tokenizer: what made them.
+    """
+    if limit is not None:
+        text = tokenizer.decode(token_ids).rstrip("\ufffd")
+    return len(text.encode()) - len(tokenizer.decode(token_ids[:1]).encode())
 
 
 def logits_request(token_ids: Sequence[int], start: int, spec: ModelSpec, context: int) -> Request:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from bitllm.checkpoint import ModelSpec
+from bitllm.config import as_integer
 from bitllm.engine.adapters import LoadedAdapter, find_adapter
-from bitllm.engine.outputs import Score
+from bitllm.engine.outputs import Score, TextScore
 from bitllm.engine.prompt import Prompt, is_one, pairs_to_score, token_ids_of
 from bitllm.engine.request import Request, adapted
 from bitllm.engine.scoring import (
@@ -18,10 +19,11 @@ from bitllm.engine.scoring import (
     check_pooling,
     hidden_request,
     logits_request,
-    perplexity_of,
     pool,
     score_of,
     score_request,
+    scored_bytes,
+    text_score_of,
     windows,
 )
 from bitllm.engine.sequence import Sequence
@@ -116,6 +118,22 @@ class TokenAccess:
     ) -> float:
         """Return exp of the mean negative log-probability of the tokens of a text.
 
+        The `perplexity` of `score_text`, with its arguments and errors.
+        """
+        return self.score_text(text, context=context, stride=stride, adapter=adapter).perplexity
+
+    def score_text(
+        self,
+        text: Prompt,
+        *,
+        context: int | None = None,
+        stride: int | None = None,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        adapter: str | None = None,
+    ) -> TextScore:
+        """Return how well the model foresees a text: perplexity a token, bits a byte.
+
         Every token but the first is scored once. A text longer than `context` is read in windows,
         each `stride` tokens further than the one before: a token then sees at least
         context - stride tokens before it (but at the start of the text).
@@ -125,15 +143,28 @@ class TokenAccess:
             context: tokens of a window; None = what the model was loaded with.
             stride: 1 to context - 1; smaller is slower and nearer to what the model can do. None =
                 half of a window.
+            limit: read only so many tokens from the beginning of the text, at least 2.
+            progress: called with (done, total) tokens after each window.
             adapter: as in `score`.
 
         Raises:
             ConfigError: fewer than two tokens, or a window or stride out of range.
         """
         ids = token_ids_of(text, self.tokenizer)
+        if limit is not None:
+            ids = ids[: as_integer("limit", limit, low=2)]
+        text_bytes = None
+        if isinstance(text, str):
+            text_bytes = scored_bytes(text, ids, limit, self.tokenizer)
         window = self.context if context is None else context
         parts = windows(ids, window, stride, self.spec, self.context)
-        return perplexity_of(each.rows_read().values for each in self._read(parts, adapter))
+
+        def advance(done: int) -> None:
+            if progress is not None:
+                progress(done, len(ids) - 1)
+
+        values = (each.rows_read().values for each in self._read(parts, adapter))
+        return text_score_of(values, text_bytes, advance)
 
     def forward(self, token_ids: Prompt, *, start: int = 0, adapter: str | None = None) -> F32:
         """Return the logits after each token, float32 [tokens - start, vocab].

@@ -1,1 +1,1 @@
-"""Other libraries' models on our kernels; each module imports its library when it is called."""
+"""bitllm and other programs; each module needs the library it is named after, once it is called."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from typing import TypeVar
+from urllib.parse import unquote
 
 from bitllm.errors import BitllmError, CheckpointError, ModelNotFoundError
 from bitllm.formats.hub.known_models import near_names
@@ -60,7 +62,7 @@ def explained(repo: str, revision: str | None, action: Callable[[], T]) -> T:
         raise unreachable(repo, error) from error
     except errors.EntryNotFoundError as error:
         raise ModelNotFoundError(
-            f"{repo} lacks a file that was to be fetched ({reason(error)})",
+            f"{repo} lacks {_file_of(error)}",
             hint="look at the files on its page; its index may name one that is not there",
         ) from error
     except OSError as error:
@@ -100,9 +102,19 @@ def _from_os_error(repo: str, error: OSError) -> BitllmError:
     return unreachable(repo, error)
 
 
+_ADDRESS = re.compile(r"(?:\s+(?:for|at))?(?:\s+url:?)?\s*[\"']?https?://[^\s\"')]+[\"']?")
+
+
 def reason(error: Exception) -> str:
-    """Return the first line of the deepest cause, for a hint."""
+    """Return the first line of the deepest cause, for a hint, without the addresses in it."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
+    said = _ADDRESS.sub("", str(cause)).strip() or type(cause).__name__
+    return said.splitlines()[0][:200].rstrip(" .:")
+
+
+def _file_of(error: Exception) -> str:
+    """Return which file the Hub does not have, by the address that was asked for."""
+    asked = re.search(r"https?://[^\s\"']+/resolve/[^/\s]+/([^\s\"'?]+)", str(error))
+    return unquote(asked[1]).rstrip(".") if asked else "a file that was to be fetched"

@@ -100,8 +100,24 @@ def resolve_model(
         return _local_model(local)
     found = parse_reference(text) if forced or not _looks_like_path(text) else None
     if found is None:
-        raise ModelNotFoundError(f"there is no model {text!r:.200}", hint=_suggest(text))
-    return _hub_model(found.at(revision))
+        why = ": no such file or directory" if _looks_like_path(text) else ""
+        raise ModelNotFoundError(f"there is no model {text!r:.200}{why}", hint=_suggest(text))
+    try:
+        return _hub_model(found.at(revision))
+    except ModelNotFoundError as error:
+        if forced or not _lies_in_a_directory(text):
+            raise
+        # org/name, in a directory org of this machine: more likely a mistyped path.
+        near = _near_paths(text)
+        raise ModelNotFoundError(
+            f"there is no file or directory {text!r}, nor a model of that name: {error.message}",
+            hint=f"did you mean {' or '.join(near)}?" if near else error.hint,
+        ) from error
+
+
+def _lies_in_a_directory(text: str) -> bool:
+    parent = Path(text).parent
+    return parent != Path() and _existing(str(parent)) is not None
 
 
 def _existing(text: str) -> Path | None:
