@@ -39,7 +39,7 @@ size_t Decoder::load_adapter(std::shared_ptr<const Adapter> adapter) {
     AdapterScratch scratch;
     scratch.rank = adapter->largest_rank();
     const std::lock_guard lock(mutex_);
-    const bool grows = scratch.rank > adapter_scratch_.rank;
+    const bool grows = scratch.rank > adapter_scratch_.rank || !adapter_scratch_.inputs;
     if (grows) {
         scratch.arena = Arena(plan_adapters(nullptr, scratch));
         plan_adapters(&scratch.arena, scratch);

@@ -173,6 +173,13 @@ def test_slots_are_used_again(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_an_adapter_of_no_linear_adds_nothing(device):
+    decoder, ids = load(device, random_checkpoint(tiny_spec())), prompt_ids(5, 101)
+    slot = decoder.load_adapter(Adapter("nothing", {}))
+    assert_same_bits(logits_of(decoder, ids, adapter=slot), logits_of(decoder, ids))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("other", [{"num_layers": 3}, {"ffn_size": 71}, {"hidden_size": 45}])
 def test_an_adapter_of_another_model_is_refused(device, other):
     decoder = load(device, random_checkpoint(tiny_spec()))

@@ -102,15 +102,18 @@ def test_choices_share_their_adapter(llm, adapters):
     assert llm._engine._decoder._adapters == set()
 
 
-def test_prefixes_are_shared_within_an_adapter_only(llm, adapters):
+def test_prefixes_are_shared_within_an_adapter_only(llm, model, adapters):
     def cached(name: str | None) -> int:
         return llm.generate(PROMPT, max_tokens=1, adapter=name).usage.cached_tokens
 
-    for path in adapters:
-        llm.load_adapter(path)
     names = [None, "law", "songs"]
-    fresh = {name: logprobs(llm, name) for name in names}
-    assert [cached(name) for name in names] == [64, 64, 64]  # of `fresh`, each its own
+    with bitllm.load(model, threads=1, context=256, prefix_cache=False) as other:
+        for each in (llm, other):
+            for path in adapters:
+                each.load_adapter(path)
+        fresh = {name: logprobs(other, name) for name in names}
+    assert [cached(name) for name in names] == [0, 0, 0]
+    assert [cached(name) for name in names] == [64, 64, 64]
     assert {name: logprobs(llm, name) for name in names} == fresh
 
 
