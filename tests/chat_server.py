@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ class ChatServer:
     Attributes:
         pieces: the deltas of an answer.
         pause: seconds before each.
+        allowed: so many deltas may be sent by now.
         endless: repeat the last piece until the client leaves.
         breaks: hang up after the pieces, without an end.
         fails: send an error event after the pieces.
@@ -50,6 +52,7 @@ class ChatServer:
     url: str = ""
     pieces: list[str] = field(default_factory=lambda: ["Hello", " there", "."])
     pause: float = 0.0
+    allowed: float = math.inf
     endless: bool = False
     breaks: bool = False
     fails: str | None = None
@@ -71,8 +74,10 @@ class ChatServer:
         """Yield the events of an answer."""
         try:
             yield chunk(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}}])
-            for piece in self.pieces:
+            for index, piece in enumerate(self.pieces):
                 await asyncio.sleep(self.pause)
+                while index >= self.allowed:
+                    await asyncio.sleep(0.01)
                 yield delta(piece)
             while self.endless:
                 await asyncio.sleep(max(self.pause, 0.01))

@@ -306,13 +306,14 @@ function fitPrompt() {
   prompt.style.height = `${Math.min(prompt.scrollHeight + 2, innerHeight / 3)}px`;
 }
 
-function nextTheme() {
-  const next = window.nextTheme();
-  byId("theme").textContent = next[0].toUpperCase() + next.slice(1);
+function showTheme() {
+  const name = document.documentElement.dataset.theme;
+  byId("theme").textContent = `${name[0].toUpperCase()}${name.slice(1)} theme`;
 }
 
 function wire() {
-  const clicks = { new: openNew, settings: openSettings, export: exportAll, theme: nextTheme,
+  const clicks = { new: openNew, settings: openSettings, export: exportAll,
+    theme: () => (window.nextTheme(), showTheme()),
     menu: () => toggleDrawer(!document.body.classList.contains("drawer")), shade: () => toggleDrawer(false),
     shortcuts: () => byId("shortcuts-dialog").showModal(), import: () => byId("import-file").click() };
   for (const [id, act] of Object.entries(clicks)) byId(id).addEventListener("click", act);
@@ -328,8 +329,7 @@ function wire() {
     event.target.value = "";
     if (file) importFile(file);
   });
-  byId("theme").textContent = document.documentElement.dataset.theme.replace(/^./, (c) => c.toUpperCase());
-  byId("theme").setAttribute("aria-description", "colours: as the system has them, light or dark");
+  showTheme();
   addEventListener("storage", otherTabWrote);
   addEventListener("pagehide", () => running.size && conversations.filter((c) => running.has(c.id)).forEach(keep));
 }

@@ -7,7 +7,7 @@ import { element } from "./dom.js";
 
 const DEEPEST = 8;
 const LONGEST_LINK = 2048;
-const EMPHASIS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
+const EMPHASIS = [["***", "em", "strong"], ["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
 const SPECIAL = /[\\`*_~[!<\n]|https?:\/\//g;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const BARE_URL = /https?:\/\/[^\s<>"`]{1,2048}/y;
@@ -128,13 +128,15 @@ class Scanner {
   }
 
   emphasis() {
-    for (const [sign, tag] of EMPHASIS) {
+    for (const [sign, ...tags] of EMPHASIS) {
       if (!this.text.startsWith(sign, this.at) || !this.opens(sign)) continue;
       const start = this.at + sign.length;
-      const end = this.closing(sign, start);
-      if (end >= 0) return this.push(element(tag, {}, ...this.inner(this.text.slice(start, end))), end + sign.length);
-      if (this.partial && sign.length === 2)
-        return this.push(element(tag, {}, ...this.inner(this.text.slice(start), true)), this.text.length);
+      const found = this.closing(sign, start);
+      if (found < 0 && !(this.partial && sign.length === 2)) continue;
+      const end = found < 0 ? this.text.length : found;
+      const children = this.inner(this.text.slice(start, end), found < 0);
+      const outer = tags.reduceRight((inside, tag) => [element(tag, {}, ...inside)], children)[0];
+      return this.push(outer, end + sign.length);
     }
     const run = /([*_~])\1*/y;
     run.lastIndex = this.at;
@@ -154,6 +156,8 @@ class Scanner {
   closing(sign, start) {
     if (this.lonely.has(sign)) return -1;
     for (let end = start; (end = this.text.indexOf(sign, end)) >= 0; end += 1) {
+      // In a run of three, the first one closes what is inside.
+      if (sign.length === 2 && this.text[end + 2] === sign[0] && this.text[end + 3] !== sign[0]) end += 1;
       const after = this.text[end + sign.length] ?? " ";
       const part = sign.length === 1 && (after === sign || this.text[end - 1] === sign);
       const inWord = sign[0] === "_" && WORD.test(after);
