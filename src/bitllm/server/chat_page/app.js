@@ -52,8 +52,7 @@ function showAround() {
   const answer = running.get(current.id);
   byId("title").textContent = current.title || "New conversation";
   document.title = current.title ? `${current.title} · bitllm` : "bitllm";
-  const listed = conversations.includes(current) ? conversations : [current, ...conversations];
-  showList(listed, current, (conversation) => running.has(conversation.id), listActions);
+  showList(conversations, current, (conversation) => running.has(conversation.id), listActions);
   byId("send").textContent = answer ? "Stop" : "Send";
   byId("send").classList.toggle("stop", Boolean(answer));
   const count = countSettings(current);

@@ -62,7 +62,7 @@ export function statsText({ tokens, perSecond, firstToken, promptTokens }) {
   const parts = [];
   if (tokens !== undefined) parts.push(`${tokens} ${tokens === 1 ? "token" : "tokens"}`);
   if (perSecond !== undefined) parts.push(`${perSecond.toFixed(perSecond < 100 ? 1 : 0)} tok/s`);
-  if (firstToken !== undefined) parts.push(`first after ${firstToken.toFixed(2)} s`);
+  if (firstToken !== undefined) parts.push(`first in ${firstToken.toFixed(2)} s`);
   if (promptTokens !== undefined) parts.push(`prompt of ${promptTokens}`);
   return parts.join(" · ");
 }

@@ -7,7 +7,7 @@ const FIELDS = [
   { name: "top_p", label: "Top-p", note: "tokens that share this much probability", least: 0, most: 1 },
   { name: "top_k", label: "Top-k", note: "so many of the likeliest tokens", least: 0, whole: true },
   { name: "min_p", label: "Min-p", note: "of the likeliest token's probability", least: 0, most: 1 },
-  { name: "repetition_penalty", label: "Repetition penalty", note: "1 is none", least: 0.01 },
+  { name: "repetition_penalty", label: "Repetition", note: "penalty; 1 is none", least: 0.01 },
   { name: "max_tokens", label: "Longest answer", note: "tokens", least: 1, whole: true },
   { name: "seed", label: "Seed", note: "same seed, same text", least: 0, most: 2 ** 53 - 1, whole: true },
 ];
