@@ -358,7 +358,8 @@ def rendered(page: Page, pieces: list[str]) -> str:
         ("|a|b|\n|:-:|-:|\n|1 \\| 2|",
          '<div class="table" tabindex="0"><table><thead><tr><th class="centre">a</th>'
          '<th class="end">b</th></tr></thead><tbody><tr><td class="centre">1 | 2</td>'
-         '<td class="end"></td></tr></tbody></table></div>'),
+         "</tr></tbody></table></div>"),
+        ("# a # ##  \n#\n#b", '<h3 class="level-1">a #</h3><h3 class="level-1"></h3><p>#b</p>'),
     ],
 )  # fmt: skip
 def test_markdown(renderer: Page, text: str, html: str) -> None:
@@ -422,7 +423,8 @@ def test_hostile_text_runs_nothing_and_asks_nobody(
 @pytest.mark.parametrize(
     "text",
     ["*a " * 20_000, "[" * 20_000, "`" * 1_001 + "a`" * 20_000, "> " * 5_000, "**a **b" * 10_000,
-     "- " * 5_000, "|" * 50_000 + "\n" + "|-" * 50_000, "https://" * 10_000, "_" * 50_000],
+     "- " * 5_000, "|" * 50_000 + "\n" + "|-" * 50_000, "https://" * 10_000, "_" * 50_000,
+     "# " + " " * 300_000 + "x", "a\n" * 100_000, "|a" * 90 + "\n" + "|-" * 90 + "\n|" * 100_000],
     ids=lambda text: text[:6],
 )  # fmt: skip
 def test_text_made_to_be_slow_is_shown(renderer: Page, text: str) -> None:

@@ -42,7 +42,9 @@ export class Answer {
         return null;
       }
       if (this.node.content) this.node.end = "broken";
-      return error instanceof ServerError ? error : new ServerError(0, `The page failed: ${error.message}`);
+      return error instanceof ServerError
+        ? error
+        : new ServerError(0, `The page failed: ${error.message}`);
     } finally {
       this.measure();
     }
@@ -77,7 +79,7 @@ export class Answer {
     this.waiting = null;
   }
 
-  /** Tokens a second between the first and the last; events stand for tokens until the server tells. */
+  /** Tokens a second after the first; events stand for tokens until the server tells. */
   speed() {
     const seconds = (this.last - this.first) / 1000;
     return seconds > 0.05 ? (this.tokens - 1) / seconds : undefined;
@@ -97,10 +99,19 @@ export class Answer {
 export function explain(error) {
   const text = error.message;
   if (error.status === 401 || error.status === 403)
-    return { text: "This server wants a key. Ask whoever runs it, and enter the key here.", action: "key" };
+    return {
+      text: "This server wants a key. Ask whoever runs it, and enter the key here.",
+      action: "key",
+    };
   if (/context/.test(error.code ?? ""))
-    return { text: `The conversation is longer than what the model can hold at once: ${text} Begin a conversation, shorten the system prompt, or edit an earlier message.`, action: "new" };
-  if (error.status === 429) return { text: "The server is still busy after several tries.", action: "retry" };
+    return {
+      text:
+        `The conversation is longer than what the model can hold at once: ${text} ` +
+        "Begin a conversation, shorten the system prompt, or edit an earlier message.",
+      action: "new",
+    };
+  if (error.status === 429)
+    return { text: "The server is still busy after several tries.", action: "retry" };
   if (error.status === 0) return { text: `${text} Is it still running?`, action: "retry" };
   return { text: `${text} (${error.status})`, action: "retry" };
 }

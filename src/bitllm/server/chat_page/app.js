@@ -23,14 +23,22 @@ const failures = new Map(); // conversation id -> {error, node}
 const follower = new Follower(byId("scroller"), byId("latest"));
 const prompt = byId("prompt");
 
-// --- showing --------------------------------------------------------------------------------------
+// --- showing -------------------------------------------------------------------------------------
 
-const messageActions = { edit, regenerate, show: (node) => change(() => tree.showVersion(current, node)) };
-const listActions = { open, remove, rename: (conversation, title) => {
-  conversation.title = title;
-  keep(conversation);
-  showAround();
-} };
+const messageActions = {
+  edit,
+  regenerate,
+  show: (node) => change(() => tree.showVersion(current, node)),
+};
+const listActions = {
+  open,
+  remove,
+  rename: (conversation, title) => {
+    conversation.title = title;
+    keep(conversation);
+    showAround();
+  },
+};
 
 function show() {
   const nodes = tree.thread(current);
@@ -43,7 +51,8 @@ function show() {
 
 function shownMessage(node) {
   const made = messageElement(current, node, messageActions);
-  if (running.get(current.id)?.node === node) updateMessage(made, current, node, messageActions, true);
+  if (running.get(current.id)?.node === node)
+    updateMessage(made, current, node, messageActions, true);
   return made;
 }
 
@@ -67,7 +76,8 @@ function showLive() {
   const answer = running.get(current.id);
   const live = byId("live");
   if (!answer) live.textContent = "";
-  else if (answer.waiting !== null) live.textContent = `The server is busy; trying again in ${answer.waiting} s`;
+  else if (answer.waiting !== null)
+    live.textContent = `The server is busy; trying again in ${answer.waiting} s`;
   else if (!answer.tokens) live.textContent = "Reading …";
   else live.textContent = statsText({ tokens: answer.tokens, perSecond: answer.speed() });
 }
@@ -82,18 +92,41 @@ function showProgress() {
 }
 
 function greeting() {
-  return element("div", { class: "greeting" },
-    element("p", { class: "trits large", "aria-hidden": "true" }, element("i", {}, "−"), element("i", {}, "0"), element("i", {}, "+")),
+  return element(
+    "div",
+    { class: "greeting" },
+    element(
+      "p",
+      { class: "trits large", "aria-hidden": "true" },
+      element("i", {}, "−"),
+      element("i", {}, "0"),
+      element("i", {}, "+"),
+    ),
     element("h2", {}, "What is on your mind?"),
-    element("p", {}, "Three weights are enough: −1, 0 and +1. Answers come from your own server; conversations stay in this browser."));
+    element(
+      "p",
+      {},
+      "Three weights are enough: −1, 0 and +1. Answers come from your own server; " +
+        "conversations stay in this browser.",
+    ),
+  );
 }
 
 function failureElement({ error, node }) {
   const { text, action } = explain(error);
   const retry = button("Try again", () => answerTo(node));
-  const helps = { retry, key: button("Enter key", openKey), new: button("New conversation", openNew) }[action];
-  return element("div", { class: "failure", role: "alert" }, element("p", {}, text), helps,
-    ...(action === "key" ? [retry] : []));
+  const helps = {
+    retry,
+    key: button("Enter key", openKey),
+    new: button("New conversation", openNew),
+  }[action];
+  return element(
+    "div",
+    { class: "failure", role: "alert" },
+    element("p", {}, text),
+    helps,
+    ...(action === "key" ? [retry] : []),
+  );
 }
 
 function notice(text, ...actions) {
@@ -107,7 +140,7 @@ function announce(text) {
   byId("announcer").textContent = text.length > 1000 ? `${text.slice(0, 1000)} …` : text;
 }
 
-// --- conversations ------------------------------------------------------------------------------
+// --- conversations -------------------------------------------------------------------------------
 
 function keep(conversation) {
   if (!conversation.nodes.length) return;
@@ -148,8 +181,13 @@ function step(by) {
 }
 
 function exportAll() {
-  const address = URL.createObjectURL(new Blob([tree.exportText(conversations)], { type: "application/json" }));
-  const link = element("a", { href: address, download: `bitllm-conversations-${new Date().toISOString().slice(0, 10)}.json` });
+  const address = URL.createObjectURL(
+    new Blob([tree.exportText(conversations)], { type: "application/json" }),
+  );
+  const link = element("a", {
+    href: address,
+    download: `bitllm-conversations-${new Date().toISOString().slice(0, 10)}.json`,
+  });
   link.click();
   setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
@@ -159,7 +197,9 @@ async function importFile(file) {
     if (file.size > LARGEST_IMPORT) throw new Error("it is larger than 50 MB");
     const given = tree.importText(await file.text());
     const known = new Set(conversations.map((conversation) => conversation.id));
-    const added = given.filter((conversation) => conversation.nodes.length && !known.has(conversation.id));
+    const added = given.filter(
+      (conversation) => conversation.nodes.length && !known.has(conversation.id),
+    );
     conversations = [...added, ...conversations].sort((a, b) => b.updated - a.updated);
     notice(`${added.length} of ${given.length} conversations added; the others are here already.`);
     added.forEach(keep);
@@ -169,7 +209,7 @@ async function importFile(file) {
   }
 }
 
-// --- asking and answering -----------------------------------------------------------------------
+// --- asking and answering ------------------------------------------------------------------------
 
 function submit() {
   const answer = running.get(current.id);
@@ -185,10 +225,18 @@ function submit() {
 async function answerTo(asked) {
   if (running.has(current.id)) return;
   const conversation = current;
-  const request = { model: conversation.model || byId("model").value,
-    messages: tree.messagesUpTo(conversation, asked), ...conversation.sampling };
+  const request = {
+    model: conversation.model || byId("model").value,
+    messages: tree.messagesUpTo(conversation, asked),
+    ...conversation.sampling,
+  };
   const node = tree.addMessage(conversation, asked.id, "assistant", "");
-  const answer = new Answer(node, request, () => key, () => progressed(conversation));
+  const answer = new Answer(
+    node,
+    request,
+    () => key,
+    () => progressed(conversation),
+  );
   failures.delete(conversation.id);
   running.set(conversation.id, answer);
   conversation.updated = Date.now();
@@ -235,7 +283,7 @@ function edit(node) {
   if (running.has(current.id)) return;
   const made = byId("messages").querySelector(`[data-id="${node.id}"]`);
   const editor = editorElement(node.content, (text) => {
-    if (text === null) return show(), prompt.focus();
+    if (text === null) return (show(), prompt.focus());
     answerTo(tree.addMessage(current, node.parent, "user", text));
     prompt.focus();
   });
@@ -249,7 +297,7 @@ function editLast() {
   if (last) edit(last);
 }
 
-// --- settings and server ------------------------------------------------------------------------
+// --- settings and server -------------------------------------------------------------------------
 
 function openSettings() {
   showSettings(current);
@@ -283,7 +331,11 @@ async function connect() {
     const select = byId("model");
     select.replaceChildren(...names.map((name) => element("option", { value: name }, name)));
     select.disabled = names.length < 2;
-    notice(unreadable ? `${unreadable} kept conversations cannot be read; they are left as they are.` : null);
+    notice(
+      unreadable
+        ? `${unreadable} kept conversations cannot be read; they are left as they are.`
+        : null,
+    );
     showAround();
   } catch (error) {
     if (error.status === 503) {
@@ -297,7 +349,7 @@ async function connect() {
   }
 }
 
-// --- wiring -------------------------------------------------------------------------------------
+// --- wiring --------------------------------------------------------------------------------------
 
 /** As high as its text, up to a third of the window. */
 function fitPrompt() {
@@ -311,10 +363,16 @@ function showTheme() {
 }
 
 function wire() {
-  const clicks = { new: openNew, settings: openSettings, export: exportAll,
+  const clicks = {
+    new: openNew,
+    settings: openSettings,
+    export: exportAll,
     theme: () => (window.nextTheme(), showTheme()),
-    menu: () => toggleDrawer(!document.body.classList.contains("drawer")), shade: () => toggleDrawer(false),
-    shortcuts: () => byId("shortcuts-dialog").showModal(), import: () => byId("import-file").click() };
+    menu: () => toggleDrawer(!document.body.classList.contains("drawer")),
+    shade: () => toggleDrawer(false),
+    shortcuts: () => byId("shortcuts-dialog").showModal(),
+    import: () => byId("import-file").click(),
+  };
   for (const [id, act] of Object.entries(clicks)) byId(id).addEventListener("click", act);
   byId("composer").addEventListener("submit", (event) => (event.preventDefault(), submit()));
   prompt.addEventListener("input", fitPrompt);
@@ -330,12 +388,16 @@ function wire() {
   });
   showTheme();
   addEventListener("storage", otherTabWrote);
-  addEventListener("pagehide", () => running.size && conversations.filter((c) => running.has(c.id)).forEach(keep));
+  addEventListener(
+    "pagehide",
+    () => running.size && conversations.filter((c) => running.has(c.id)).forEach(keep),
+  );
 }
 
 /** Another tab changed something: take it over, but for what is being written here. */
 function otherTabWrote(event) {
-  if (!storage.concernsConversations(event) || running.size || document.querySelector(".editor")) return;
+  if (!storage.concernsConversations(event) || running.size || document.querySelector(".editor"))
+    return;
   [conversations, unreadable] = storage.loadConversations();
   current = conversations.find((conversation) => conversation.id === current.id) ?? current;
   show();
@@ -343,9 +405,18 @@ function otherTabWrote(event) {
 
 buildSettings(settingsChanged);
 wire();
-listenToKeys(prompt, { submit, editLast, regenerateLast, openNew, openSettings, step,
-  isRunning: () => running.has(current.id), stop: () => running.get(current.id)?.stop(),
-  closeDrawer: () => toggleDrawer(false), shortcuts: () => byId("shortcuts-dialog").showModal() });
+listenToKeys(prompt, {
+  submit,
+  editLast,
+  regenerateLast,
+  openNew,
+  openSettings,
+  step,
+  isRunning: () => running.has(current.id),
+  stop: () => running.get(current.id)?.stop(),
+  closeDrawer: () => toggleDrawer(false),
+  shortcuts: () => byId("shortcuts-dialog").showModal(),
+});
 if (conversations.length) current = conversations[0];
 show();
 follower.toEnd();

@@ -9,8 +9,17 @@ const STATS = ["promptTokens", "tokens", "perSecond", "firstToken"];
 
 export function makeConversation({ system = "", sampling = {}, model = "" } = {}) {
   const now = Date.now();
-  return { id: crypto.randomUUID?.() ?? randomId(), title: "", created: now, updated: now,
-    system, sampling: { ...sampling }, model, nodes: [], leaf: null };
+  return {
+    id: crypto.randomUUID?.() ?? randomId(),
+    title: "",
+    created: now,
+    updated: now,
+    system,
+    sampling: { ...sampling },
+    model,
+    nodes: [],
+    leaf: null,
+  };
 }
 
 /** Pages without TLS have no randomUUID. */
@@ -49,7 +58,9 @@ export function thread(conversation) {
 
 /** Return the versions of a message, itself among them. */
 export function versions(conversation, node) {
-  return conversation.nodes.filter((other) => other.parent === node.parent && other.role === node.role);
+  return conversation.nodes.filter(
+    (other) => other.parent === node.parent && other.role === node.role,
+  );
 }
 
 /** Show another version, with what was written last below it. */
@@ -67,7 +78,9 @@ export function showVersion(conversation, node) {
 export function messagesUpTo(conversation, node) {
   const path = thread({ nodes: conversation.nodes, leaf: node.id }).filter((each) => each.content);
   const messages = path.map(({ role, content }) => ({ role, content }));
-  return conversation.system ? [{ role: "system", content: conversation.system }, ...messages] : messages;
+  return conversation.system
+    ? [{ role: "system", content: conversation.system }, ...messages]
+    : messages;
 }
 
 // --- files --------------------------------------------------------------------------------------
@@ -100,27 +113,45 @@ export function checked(given) {
   if (typeof given?.id !== "string" || !given.id || given.id.length > 100 || !nodes)
     throw new Error("a conversation in it is damaged");
   const ids = new Set();
+  let last = 0;
   for (const node of nodes) {
     // Parents come first, and ids rise: so there is no circle.
     const known = node.parent === null || ids.has(node.parent);
-    if (!known || ids.has(node.id) || node.id <= Math.max(0, ...[...ids].slice(-1)))
+    if (!known || ids.has(node.id) || node.id <= last)
       throw new Error("the messages of a conversation in it are out of order");
     ids.add(node.id);
+    last = node.id;
   }
   const text = (value) => (typeof value === "string" ? value : "");
   const time = (value) => (Number.isFinite(value) ? value : Date.now());
-  const sampling = Object.entries(given.sampling ?? {}).filter(([, value]) => Number.isFinite(value));
-  return { id: given.id, title: text(given.title), created: time(given.created), updated: time(given.updated),
-    system: text(given.system), sampling: Object.fromEntries(sampling), model: text(given.model), nodes,
-    leaf: ids.has(given.leaf) ? given.leaf : nodes.at(-1)?.id ?? null };
+  const sampling = Object.entries(given.sampling ?? {}).filter(([, value]) =>
+    Number.isFinite(value),
+  );
+  return {
+    id: given.id,
+    title: text(given.title),
+    created: time(given.created),
+    updated: time(given.updated),
+    system: text(given.system),
+    sampling: Object.fromEntries(sampling),
+    model: text(given.model),
+    nodes,
+    leaf: ids.has(given.leaf) ? given.leaf : (nodes.at(-1)?.id ?? null),
+  };
 }
 
 function checkedNode(given) {
   const { id, parent, role, content } = given ?? {};
-  if (!Number.isInteger(id) || !(parent === null || Number.isInteger(parent)) || !ROLES.includes(role) || typeof content !== "string")
+  if (
+    !Number.isInteger(id) ||
+    !(parent === null || Number.isInteger(parent)) ||
+    !ROLES.includes(role) ||
+    typeof content !== "string"
+  )
     throw new Error("a message in it is damaged");
   const node = { id, parent, role, content };
   for (const name of STATS) if (Number.isFinite(given[name])) node[name] = given[name];
-  for (const name of ["end", "model"]) if (typeof given[name] === "string") node[name] = given[name];
+  for (const name of ["end", "model"])
+    if (typeof given[name] === "string") node[name] = given[name];
   return node;
 }

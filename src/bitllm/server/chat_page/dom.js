@@ -6,7 +6,8 @@
  * @param {string} tag name of the element.
  * @param {Object<string, *>} [attributes] a function is a listener of the event of that name;
  *     undefined, null and false leave the attribute out.
- * @param {...(Node|string)} children nodes, or text.
+ * @param {...(Node|string|Array)} children nodes, text, or arrays of these; long lists as arrays:
+ *     too many arguments overflow the stack.
  */
 export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -15,7 +16,7 @@ export function element(tag, attributes = {}, ...children) {
     else if (value !== undefined && value !== null && value !== false)
       made.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children);
+  for (const child of children.flat()) made.append(child);
   return made;
 }
 
@@ -52,9 +53,13 @@ export async function copyText(text) {
 
 /** Return a button that copies what `read` returns, and says for a moment that it did. */
 export function copyButton(read, hint) {
-  const made = button("Copy", async () => {
-    made.textContent = (await copyText(read())) ? "Copied" : "Not copied";
-    setTimeout(() => (made.textContent = "Copy"), 1500);
-  }, hint);
+  const made = button(
+    "Copy",
+    async () => {
+      made.textContent = (await copyText(read())) ? "Copied" : "Not copied";
+      setTimeout(() => (made.textContent = "Copy"), 1500);
+    },
+    hint,
+  );
   return made;
 }

@@ -7,7 +7,14 @@ import { element } from "./dom.js";
 
 const DEEPEST = 8;
 const LONGEST_LINK = 2048;
-const EMPHASIS = [["***", "em", "strong"], ["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
+const EMPHASIS = [
+  ["***", "em", "strong"],
+  ["**", "strong"],
+  ["__", "strong"],
+  ["~~", "del"],
+  ["*", "em"],
+  ["_", "em"],
+];
 const SPECIAL = /[\\`*_~[!<\n]|https?:\/\//g;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const BARE_URL = /https?:\/\/[^\s<>"`]{1,2048}/y;
@@ -35,7 +42,7 @@ export function safeAddress(address) {
 }
 
 function link(address, children) {
-  return element("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, ...children);
+  return element("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, children);
 }
 
 class Scanner {
@@ -94,6 +101,7 @@ class Scanner {
   lineBreak() {
     const hard = this.plain.endsWith("  ");
     this.plain = this.plain.trimEnd();
+    this.flush();
     return hard ? this.push(element("br"), this.at + 1) : false;
   }
 
@@ -121,7 +129,7 @@ class Scanner {
     if (this.lonely.has(ticks)) return -1;
     const runs = /`+/g;
     runs.lastIndex = start;
-    for (let run; (run = runs.exec(this.text)); )
+    for (let run; (run = runs.exec(this.text));)
       if (run[0].length === ticks.length) return run.index;
     this.lonely.add(ticks);
     return -1;
@@ -135,7 +143,7 @@ class Scanner {
       if (found < 0 && !(this.partial && sign.length === 2)) continue;
       const end = found < 0 ? this.text.length : found;
       const children = this.inner(this.text.slice(start, end), found < 0);
-      const outer = tags.reduceRight((inside, tag) => [element(tag, {}, ...inside)], children)[0];
+      const outer = tags.reduceRight((inside, tag) => [element(tag, {}, inside)], children)[0];
       return this.push(outer, end + sign.length);
     }
     const run = /([*_~])\1*/y;
@@ -157,7 +165,8 @@ class Scanner {
     if (this.lonely.has(sign)) return -1;
     for (let end = start; (end = this.text.indexOf(sign, end)) >= 0; end += 1) {
       // In a run of three, the first one closes what is inside.
-      if (sign.length === 2 && this.text[end + 2] === sign[0] && this.text[end + 3] !== sign[0]) end += 1;
+      if (sign.length === 2 && this.text[end + 2] === sign[0] && this.text[end + 3] !== sign[0])
+        end += 1;
       const after = this.text[end + sign.length] ?? " ";
       const part = sign.length === 1 && (after === sign || this.text[end - 1] === sign);
       const inWord = sign[0] === "_" && WORD.test(after);
@@ -173,13 +182,15 @@ class Scanner {
     const start = this.at + skip + 1;
     const window = this.text.slice(start, start + 2 * LONGEST_LINK);
     const end = closingBracket(window);
-    const target = /^\]\(\s*(?:<([^<>\n]*)>|((?:[^\s()]|\([^\s()]*\))*))(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/
-      .exec(end < 0 ? "" : window.slice(end, end + LONGEST_LINK));
+    const target =
+      /^\]\(\s*(?:<([^<>\n]*)>|((?:[^\s()]|\([^\s()]*\))*))(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/.exec(
+        end < 0 ? "" : window.slice(end, end + LONGEST_LINK),
+      );
     if (!target) return false;
-    const label = window.slice(0, end) || (skip ? "image" : target[1] ?? target[2]);
+    const label = window.slice(0, end) || (skip ? "image" : (target[1] ?? target[2]));
     const address = safeAddress(target[1] ?? target[2]);
     const children = this.inner(label);
-    const node = address ? link(address, children) : element("span", {}, ...children);
+    const node = address ? link(address, children) : element("span", {}, children);
     return this.push(node, start + end + target[0].length);
   }
 
@@ -195,7 +206,10 @@ class Scanner {
     }
     const address = safeAddress(shown);
     if (!address) return false;
-    return this.push(link(address, [shown]), this.at + (sign === "<" ? found[0].length : shown.length));
+    return this.push(
+      link(address, [shown]),
+      this.at + (sign === "<" ? found[0].length : shown.length),
+    );
   }
 }
 

@@ -33,16 +33,23 @@ function shortcut(event, prompt, act) {
     return true;
   }
   if (event.altKey) return altShortcut(event.code, act);
-  const typing = event.target.matches("input, textarea, select") && (event.target !== prompt || prompt.value);
-  if (event.key === "?" && !typing) return act.shortcuts(), true;
-  if (event.key === "/" && !event.target.matches("input, textarea, select")) return prompt.focus(), true;
+  const typing =
+    event.target.matches("input, textarea, select") && (event.target !== prompt || prompt.value);
+  if (event.key === "?" && !typing) return (act.shortcuts(), true);
+  if (event.key === "/" && !event.target.matches("input, textarea, select"))
+    return (prompt.focus(), true);
   return false;
 }
 
 /** By the place of the key: with Alt, many layouts give another character. */
 function altShortcut(code, act) {
-  const actions = { KeyN: act.openNew, KeyR: act.regenerateLast, KeyS: act.openSettings,
-    ArrowUp: () => act.step(-1), ArrowDown: () => act.step(1) };
+  const actions = {
+    KeyN: act.openNew,
+    KeyR: act.regenerateLast,
+    KeyS: act.openSettings,
+    ArrowUp: () => act.step(-1),
+    ArrowDown: () => act.step(1),
+  };
   actions[code]?.();
   return code in actions;
 }

@@ -8,8 +8,9 @@ import { inlineNodes } from "./inline.js";
 
 const DEEPEST = 12;
 const LONGEST = 400_000;
+const MOST_COLUMNS = 100;
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$/;
+const HEADING = /^ {0,3}(#{1,6})(?:[ \t](.*)|)$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?:([ \t]+)(.*)|)$/;
 const QUOTE = /^ {0,3}> ?/;
@@ -33,7 +34,10 @@ export function showMarkdown(target, text, partial = false) {
   blocks.slice(same).forEach((block, index) => {
     target.append(node(block, partial && same + index === blocks.length - 1, 0));
   });
-  sources.set(target, blocks.map((block) => block.key));
+  sources.set(
+    target,
+    blocks.map((block) => block.key),
+  );
 }
 
 function cut(text) {
@@ -63,15 +67,29 @@ function blockAt(lines, at) {
   const fence = FENCE.exec(line);
   if (fence) return fenced(lines, at, fence);
   const heading = HEADING.exec(line);
-  if (heading) return [{ kind: "heading", level: heading[1].length, text: heading[2] ?? "" }, at + 1];
+  if (heading)
+    return [
+      { kind: "heading", level: heading[1].length, text: withoutClosing(heading[2] ?? "") },
+      at + 1,
+    ];
   if (RULE.test(line)) return [{ kind: "rule" }, at + 1];
   if (QUOTE.test(line)) return quote(lines, at);
   if (ITEM.test(line)) return list(lines, at);
   return table(lines, at) ?? paragraph(lines, at);
 }
 
+/** `# Title ##` is `# Title`; by hand, since a pattern for it can take quadratic time. */
+function withoutClosing(text) {
+  const trimmed = text.trim();
+  let end = trimmed.length;
+  while (trimmed[end - 1] === "#") end -= 1;
+  return end === 0 || trimmed[end - 1] === " " ? trimmed.slice(0, end).trimEnd() : trimmed;
+}
+
 function beginsBlock(line) {
-  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
+  return (
+    FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line)
+  );
 }
 
 /** A fence that is not closed goes on to the end: the answer may still be on its way. */
@@ -84,7 +102,10 @@ function fenced(lines, at, [, fence, info]) {
     if (mark.startsWith(fence) && mark === fence[0].repeat(mark.length)) break;
     code.push(indent ? lines[next].replace(new RegExp(`^ {1,${indent}}`), "") : lines[next]);
   }
-  return [{ kind: "code", language: info.trim().split(/\s/)[0], text: code.join("\n") }, Math.min(next + 1, lines.length)];
+  return [
+    { kind: "code", language: info.trim().split(/\s/)[0], text: code.join("\n") },
+    Math.min(next + 1, lines.length),
+  ];
 }
 
 function quote(lines, at) {
@@ -123,8 +144,7 @@ function itemEnd(lines, at, [, before, marker], inner) {
     if (!line.trim()) {
       const after = skipBlank(lines, next);
       if (after === lines.length || indentOf(lines[after]) < 2 + before.length) break;
-      inner.push(...lines.slice(next, after));
-      next = after;
+      for (; next < after; next += 1) inner.push(lines[next]);
     } else if (indentOf(line) >= 2 + before.length) {
       inner.push(line.slice(Math.min(indentOf(line), width)));
       next += 1;
@@ -149,8 +169,15 @@ function table(lines, at) {
   if (!lines[at].includes("|") || !(lines[at + 1] ?? "").includes("-")) return null;
   const head = cells(lines[at]);
   const marks = cells(lines[at + 1]);
-  if (head.length !== marks.length || !marks.every((mark) => /^:?-+:?$/.test(mark))) return null;
-  const align = marks.map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "centre" : "end") : null));
+  if (
+    head.length > MOST_COLUMNS ||
+    head.length !== marks.length ||
+    !marks.every((mark) => /^:?-+:?$/.test(mark))
+  )
+    return null;
+  const align = marks.map((mark) =>
+    mark.endsWith(":") ? (mark.startsWith(":") ? "centre" : "end") : null,
+  );
   const rows = [];
   let next = at + 2;
   for (; next < lines.length && lines[next].includes("|"); next += 1) rows.push(cells(lines[next]));
@@ -172,35 +199,61 @@ function cells(line) {
 function paragraph(lines, at) {
   let next = at + 1;
   while (next < lines.length && lines[next].trim() && !beginsBlock(lines[next])) next += 1;
-  const text = lines.slice(at, next).map((line) => line.trimStart()).join("\n");
+  const text = lines
+    .slice(at, next)
+    .map((line) => line.trimStart())
+    .join("\n");
   return [{ kind: "paragraph", text }, next];
 }
 
-// --- from blocks to nodes -------------------------------------------------------------------------
+// --- from blocks to nodes ------------------------------------------------------------------------
 
 function node(block, partial, depth) {
   switch (block.kind) {
-    case "plain": return element("pre", { class: "plain" }, block.text);
-    case "heading": return element(`h${Math.min(block.level + 2, 6)}`, { class: `level-${block.level}` }, ...inlineNodes(block.text, partial));
-    case "rule": return element("hr");
-    case "code": return codeNode(block);
-    case "quote": return element("blockquote", {}, ...nested(block.lines, partial, depth));
-    case "list": return listNode(block, partial, depth);
-    case "table": return tableNode(block, partial);
-    default: return element("p", {}, ...inlineNodes(block.text, partial));
+    case "plain":
+      return element("pre", { class: "plain" }, block.text);
+    case "heading":
+      return element(
+        `h${Math.min(block.level + 2, 6)}`,
+        { class: `level-${block.level}` },
+        inlineNodes(block.text, partial),
+      );
+    case "rule":
+      return element("hr");
+    case "code":
+      return codeNode(block);
+    case "quote":
+      return element("blockquote", {}, nested(block.lines, partial, depth));
+    case "list":
+      return listNode(block, partial, depth);
+    case "table":
+      return tableNode(block, partial);
+    default:
+      return element("p", {}, inlineNodes(block.text, partial));
   }
 }
 
 function nested(lines, partial, depth) {
   if (depth >= DEEPEST) return [document.createTextNode(lines.join("\n"))];
   const blocks = parse(lines);
-  return blocks.map((block, index) => node(block, partial && index === blocks.length - 1, depth + 1));
+  return blocks.map((block, index) =>
+    node(block, partial && index === blocks.length - 1, depth + 1),
+  );
 }
 
 function codeNode({ language, text }) {
-  const bar = element("div", { class: "code-bar" },
-    element("span", {}, language || "text"), copyButton(() => text, "Copy this code"));
-  return element("div", { class: "code" }, bar, element("pre", { tabindex: "0" }, element("code", {}, text)));
+  const bar = element(
+    "div",
+    { class: "code-bar" },
+    element("span", {}, language || "text"),
+    copyButton(() => text, "Copy this code"),
+  );
+  return element(
+    "div",
+    { class: "code" },
+    bar,
+    element("pre", { tabindex: "0" }, element("code", {}, text)),
+  );
 }
 
 function listNode({ ordered, start, items }, partial, depth) {
@@ -210,15 +263,26 @@ function listNode({ ordered, start, items }, partial, depth) {
     const children = nested(ticked, partial && index === items.length - 1, depth);
     // A tight item is a line, not a paragraph.
     if (children[0]?.nodeName === "P") children[0].className = "tight";
-    made.append(element("li", {}, ...children));
+    made.append(element("li", {}, children));
   });
   return made;
 }
 
 function tableNode({ head, align, rows }, partial) {
-  const row = (tag, values, open) => element("tr", {}, ...head.map((_, column) =>
-    element(tag, { class: align[column] }, ...inlineNodes(values[column] ?? "", open))));
+  const row = (tag, values, open) =>
+    element(
+      "tr",
+      {},
+      values
+        .slice(0, head.length)
+        .map((value, column) => element(tag, { class: align[column] }, inlineNodes(value, open))),
+    );
   const body = rows.map((values, index) => row("td", values, partial && index === rows.length - 1));
-  const made = element("table", {}, element("thead", {}, row("th", head, false)), element("tbody", {}, ...body));
+  const made = element(
+    "table",
+    {},
+    element("thead", {}, row("th", head, false)),
+    element("tbody", {}, body),
+  );
   return element("div", { class: "table", tabindex: "0" }, made);
 }

@@ -21,8 +21,13 @@ export function messageElement(conversation, node, actions) {
   const body = element("div", { class: "body", dir: "auto" });
   const foot = element("div", { class: "foot" });
   const who = node.role === "user" ? "You" : "Model";
-  const made = element("article", { class: `message ${node.role}`, "aria-label": who, "data-id": node.id },
-    element("h2", { class: "who" }, who), body, foot);
+  const made = element(
+    "article",
+    { class: `message ${node.role}`, "aria-label": who, "data-id": node.id },
+    element("h2", { class: "who" }, who),
+    body,
+    foot,
+  );
   updateMessage(made, conversation, node, actions, false);
   return made;
 }
@@ -34,14 +39,17 @@ export function updateMessage(made, conversation, node, actions, running) {
   if (node.role === "user") body.textContent = node.content;
   else showMarkdown(body, node.content, running);
   if (running) return;
-  const end = ENDS[node.end] ?? (node.content ? null : "The model ended its answer without a word.");
+  const end =
+    ENDS[node.end] ?? (node.content ? null : "The model ended its answer without a word.");
   foot.replaceChildren(
     ...(end ? [element("p", { class: "end" }, end)] : []),
     ...switcher(conversation, node, actions),
     copyButton(() => node.content, "Copy this message"),
-    node.role === "user" ? button("Edit", () => actions.edit(node), "Edit this message")
+    node.role === "user"
+      ? button("Edit", () => actions.edit(node), "Edit this message")
       : button("Regenerate", () => actions.regenerate(node), "Write this answer again"),
-    element("span", { class: "stats" }, statsText(node)));
+    element("span", { class: "stats" }, statsText(node)),
+  );
 }
 
 function switcher(conversation, node, actions) {
@@ -53,8 +61,15 @@ function switcher(conversation, node, actions) {
     made.disabled = !all[at + by];
     return made;
   };
-  return [element("span", { class: "versions" }, step(-1, "‹", "Earlier version"),
-    element("span", {}, `${at + 1} of ${all.length}`), step(1, "›", "Later version"))];
+  return [
+    element(
+      "span",
+      { class: "versions" },
+      step(-1, "‹", "Earlier version"),
+      element("span", {}, `${at + 1} of ${all.length}`),
+      step(1, "›", "Later version"),
+    ),
+  ];
 }
 
 /** Return the figures of an answer, as far as they are known. */
@@ -69,7 +84,10 @@ export function statsText({ tokens, perSecond, firstToken, promptTokens }) {
 
 /** Return the element in which a sent message is edited; `done(text)` gets null to leave it. */
 export function editorElement(text, done) {
-  const field = element("textarea", { "aria-label": "Edit the message", rows: Math.min(12, text.split("\n").length + 1) });
+  const field = element("textarea", {
+    "aria-label": "Edit the message",
+    rows: Math.min(12, text.split("\n").length + 1),
+  });
   field.value = text;
   const send = () => field.value.trim() && done(field.value.trim());
   field.addEventListener("keydown", (event) => {
@@ -80,6 +98,15 @@ export function editorElement(text, done) {
     event.preventDefault();
     event.stopPropagation();
   });
-  return element("div", { class: "editor" }, field,
-    element("div", { class: "foot" }, button("Send", send), button("Cancel", () => done(null))));
+  return element(
+    "div",
+    { class: "editor" },
+    field,
+    element(
+      "div",
+      { class: "foot" },
+      button("Send", send),
+      button("Cancel", () => done(null)),
+    ),
+  );
 }

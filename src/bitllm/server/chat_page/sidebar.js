@@ -11,21 +11,33 @@ import { button, byId, element } from "./dom.js";
  * @param {object} actions open(conversation), rename(conversation, title), remove(conversation).
  */
 export function showList(conversations, current, isRunning, actions) {
-  byId("conversations").replaceChildren(...conversations.map((conversation) => {
-    const here = conversation === current;
-    const open = element("button", {
-      type: "button", class: "open", "aria-current": here ? "page" : null, click: () => actions.open(conversation),
-    }, conversation.title || "New conversation");
-    const item = element("li", { class: isRunning(conversation) ? "running" : null }, open);
-    if (here && conversation.nodes.length) item.append(tools(item, conversation, actions));
-    return item;
-  }));
+  byId("conversations").replaceChildren(
+    ...conversations.map((conversation) => {
+      const here = conversation === current;
+      const open = element(
+        "button",
+        {
+          type: "button",
+          class: "open",
+          "aria-current": here ? "page" : null,
+          click: () => actions.open(conversation),
+        },
+        conversation.title || "New conversation",
+      );
+      const item = element("li", { class: isRunning(conversation) ? "running" : null }, open);
+      if (here && conversation.nodes.length) item.append(tools(item, conversation, actions));
+      return item;
+    }),
+  );
 }
 
 function tools(item, conversation, actions) {
-  return element("div", { class: "foot" },
+  return element(
+    "div",
+    { class: "foot" },
     button("Rename", () => rename(item, conversation, actions), "Rename this conversation"),
-    button("Delete", () => confirmDelete(conversation, actions), "Delete this conversation"));
+    button("Delete", () => confirmDelete(conversation, actions), "Delete this conversation"),
+  );
 }
 
 function rename(item, conversation, actions) {
@@ -52,7 +64,11 @@ function confirmDelete(conversation, actions) {
   const dialog = byId("delete-dialog");
   byId("delete-name").textContent = conversation.title;
   dialog.returnValue = "";
-  dialog.addEventListener("close", () => dialog.returnValue === "delete" && actions.remove(conversation), { once: true });
+  dialog.addEventListener(
+    "close",
+    () => dialog.returnValue === "delete" && actions.remove(conversation),
+    { once: true },
+  );
   dialog.showModal();
 }
 

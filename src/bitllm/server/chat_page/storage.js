@@ -6,7 +6,7 @@ const PREFIX = "bitllm.conversation.";
 const DEFAULTS = "bitllm.defaults";
 const KEY = "bitllm.key";
 
-/** Return [conversations, latest first; how many entries could not be read]. Those are left alone. */
+/** Return [conversations, latest first; how many entries cannot be read and are left alone]. */
 export function loadConversations() {
   const found = [];
   let unreadable = 0;
@@ -49,7 +49,11 @@ export function concernsConversations(event) {
 /** What a conversation begins with: as the last one was set. */
 export function loadDefaults() {
   try {
-    const { system, sampling, model } = checked({ id: "-", nodes: [], ...JSON.parse(localStorage.getItem(DEFAULTS)) });
+    const { system, sampling, model } = checked({
+      id: "-",
+      nodes: [],
+      ...JSON.parse(localStorage.getItem(DEFAULTS)),
+    });
     return { system, sampling, model };
   } catch {
     return {};
@@ -66,7 +70,8 @@ function put(name, value) {
     return null;
   } catch (error) {
     return error.name === "QuotaExceededError"
-      ? "The browser's storage is full: what is new here is not kept. Export conversations, then delete some."
+      ? "The browser's storage is full: what is new here is not kept. " +
+          "Export conversations, then delete some."
       : "This browser keeps nothing for this page: conversations last until the tab is closed.";
   }
 }

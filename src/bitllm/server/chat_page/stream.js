@@ -35,10 +35,14 @@ async function refusal(response) {
   }
   const message = typeof said === "string" ? said : said.message;
   const seconds = Number.parseFloat(response.headers.get("Retry-After"));
-  return new ServerError(response.status, String(message ?? `The server answered ${response.status}.`), {
-    code: String(said.code ?? said.type ?? ""),
-    retryAfter: Number.isFinite(seconds) ? Math.max(0, seconds) : null,
-  });
+  return new ServerError(
+    response.status,
+    String(message ?? `The server answered ${response.status}.`),
+    {
+      code: String(said.code ?? said.type ?? ""),
+      retryAfter: Number.isFinite(seconds) ? Math.max(0, seconds) : null,
+    },
+  );
 }
 
 /** Resolve when the server says that it is well. */
@@ -96,10 +100,12 @@ function parsed(data) {
   if (!chunk?.error) return chunk ?? {};
   const { message, code, type } = chunk.error;
   const status = Number.isInteger(code) ? code : 500;
-  throw new ServerError(status, String(message ?? "The server failed."), { code: String(code ?? type ?? "") });
+  throw new ServerError(status, String(message ?? "The server failed."), {
+    code: String(code ?? type ?? ""),
+  });
 }
 
-/** Yield the data of each server-sent event; comments, which keep the connection open, are skipped. */
+/** Yield the data of each server-sent event; comments, which keep it open, are skipped. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -109,7 +115,8 @@ async function* events(body) {
       if (done) return;
       const lines = (rest + value).split("\n");
       rest = lines.pop();
-      if (rest.length > LONGEST_LINE) throw new ServerError(0, "The server sent a line without an end.");
+      if (rest.length > LONGEST_LINE)
+        throw new ServerError(0, "The server sent a line without an end.");
       for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
     }
   } catch (error) {
