@@ -274,6 +274,9 @@ def test_export_and_import_give_the_same(
         '[{"id": 1, "parent": 1, "role": "user", "content": "a circle"}]}]}',
         '{"format": "bitllm-chat", "version": 1, "conversations": [{"id": "x", "nodes": '
         '[{"id": 1, "parent": null, "role": "system", "content": "no role here"}]}]}',
+        '{"format": "bitllm-chat", "version": 1, "conversations": [{"id": "x", "nodes": ['
+        '{"id": 2, "parent": null, "role": "user", "content": "a"},'
+        '{"id": 1, "parent": 2, "role": "user", "content": "ids that fall"}]}]}',
     ],
 )
 def test_a_wrong_file_changes_nothing(page: Page, tmp_path: Path, content: str) -> None:
@@ -337,6 +340,7 @@ def rendered(page: Page, pieces: list[str]) -> str:
     ("text", "html"),
     [
         ("a **b *c*** d", "<p>a <strong>b <em>c</em></strong> d</p>"),
+        ("a **b `c", "<p>a **b `c</p>"),
         ("***a*** **b** __c__", "<p><em><strong>a</strong></em> <strong>b</strong> "
          "<strong>c</strong></p>"),
         ("snake_case_name 2*3*4", "<p>snake_case_name 2<em>3</em>4</p>"),
@@ -446,12 +450,15 @@ def test_a_page_under_its_policy_breaks_no_rule(
 
 def test_behind_a_proxy_that_adds_a_prefix(context: BrowserContext) -> None:
     server = ChatServer()
+    answers: list[int] = []
+    context.on("response", lambda response: answers.append(response.status))
     prefixed = Starlette(routes=[Mount("/some/where", with_policy(server.app()))])
     with serving(prefixed) as address:
         server.url = f"{address}some/where/"
         page = opened(context, server)
         ask(page)
         answered(page, "Hello there.")
+        assert set(answers) == {200}
         page.close()
 
 

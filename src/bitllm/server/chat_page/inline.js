@@ -37,8 +37,7 @@ export function inlineNodes(text, partial = false, depth = 0) {
 export function safeAddress(address) {
   const trimmed = address.trim();
   if (!/^(https?:\/\/|mailto:)/i.test(trimmed) || !URL.canParse(trimmed)) return null;
-  const parsed = new URL(trimmed);
-  return ["http:", "https:", "mailto:"].includes(parsed.protocol) ? parsed.href : null;
+  return new URL(trimmed).href;
 }
 
 function link(address, children) {
