@@ -1,0 +1,1 @@
+"""The HTTP server; its chat page lies in `chat_page/`."""
