@@ -1,0 +1,137 @@
+"""Server-sent events: what the HTML standard calls an event stream, as OpenAI's clients read it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from bitllm.server.api_error import ApiError, as_api_error
+
+__all__ = ["DONE", "EventStream", "event", "until_gone"]
+
+DONE = b"data: [DONE]\n\n"
+"""The last event of a stream that has come to its end."""
+
+_PING = b": ping\n\n"
+
+log = logging.getLogger("bitllm.server")
+
+
+def event(data: bytes) -> bytes:
+    """Return one event that carries a JSON text of one line."""
+    return b"data: " + data + b"\n\n"
+
+
+class EventStream(Response):
+    """An answer whose events are sent as they come.
+
+    The generator is closed in any case, also when the client goes away or stops to read. An error
+    in the middle becomes the last event; `DONE` then does not come.
+
+    Args:
+        events: encoded events.
+        keep_alive: seconds of silence after which a comment is sent.
+        patience: seconds that a client may leave what is sent unread.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, keep_alive: float, patience: float
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._keep_alive = keep_alive
+        self._patience = patience
+        self._sending_since: float | None = None
+        self._sent_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer.
+
+        Raises:
+            ClientDisconnect: the client has gone away, or has stopped to read.
+        """
+        watchers = [
+            asyncio.create_task(_wait_for_disconnect(receive)),
+            asyncio.create_task(self._keep_open(send)),
+        ]
+        sender = asyncio.create_task(self._send_all(send))
+        try:
+            await asyncio.wait([sender, *watchers], return_when=asyncio.FIRST_COMPLETED)
+            if not sender.done():
+                raise ClientDisconnect
+            sender.result()
+        finally:
+            for task in (sender, *watchers):
+                task.cancel()
+            await asyncio.gather(sender, *watchers, return_exceptions=True)
+            await self._events.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        self._sent_at = asyncio.get_running_loop().time()
+        try:
+            async for data in self._events:
+                await self._send(send, data)
+        except Exception as error:
+            await self._send(send, event(_failure(error).body()))
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        self._sending_since = loop.time()
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._sending_since = None
+        self._sent_at = loop.time()
+
+    async def _keep_open(self, send: Send) -> None:
+        """Break a silence by comments; return when the client does not read any more."""
+        loop = asyncio.get_running_loop()
+        pause = min(self._keep_alive, self._patience) / 2
+        while True:
+            await asyncio.sleep(pause)
+            now = loop.time()
+            if self._sending_since is not None:
+                if now - self._sending_since > self._patience:
+                    return
+            elif self._sent_at and now - self._sent_at >= self._keep_alive:
+                await self._send(send, _PING)
+
+
+def _failure(error: Exception) -> ApiError:
+    found = as_api_error(error)
+    if found is None:
+        log.error("a stream failed", exc_info=error)
+        found = ApiError(500, "the server failed; its log tells why")
+    return found
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def until_gone(receive: Receive, work: asyncio.Task[Response]) -> Response:
+    """Return the result of `work`, which is cancelled when the client goes away.
+
+    Raises:
+        ClientDisconnect: it went away.
+    """
+    gone = asyncio.create_task(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
