@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 
@@ -9,6 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from bitllm.config import SamplingParams
 from bitllm.errors import (
     BitllmError,
     ConfigError,
@@ -21,7 +23,9 @@ from bitllm.errors import (
 __all__ = ["ApiError", "ErrorDetail", "ErrorResponse", "as_api_error", "closed", "not_served"]
 
 _PATH = re.compile(r"^(?P<what>.*?) - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
 _FIRST_WORD = re.compile(r"[a-z][a-z_]*")
+_OPTIONS = frozenset(item.name for item in dataclasses.fields(SamplingParams))
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -130,14 +134,16 @@ def _malformed(error: Exception) -> ApiError:
     """Tell what is wrong with a JSON text, and where."""
     if isinstance(error, RecursionError):
         return ApiError(400, "the JSON of the request is nested too deeply", code="invalid_json")
+    if not isinstance(error, msgspec.ValidationError):
+        return ApiError(400, f"the request is no JSON: {error}", code="invalid_json")
     found = _PATH.match(str(error))
-    if found is None:
-        code = None if isinstance(error, msgspec.ValidationError) else "invalid_json"
-        what = str(error) if code is None else f"the request is no JSON: {error}"
-        return ApiError(400, what, code=code)
-    path = found["path"] or None
+    what, path = (found["what"], found["path"]) if found else (str(error), "")
+    missing = _MISSING.fullmatch(what)
+    if missing is not None:
+        path = ".".join(filter(None, (path, missing[1])))
+        return ApiError(400, f"{path} is missing", param=path, code="missing_value")
     where = f"{path}: " if path else ""
-    return ApiError(400, f"{where}{found['what']}", param=path, code="invalid_type")
+    return ApiError(400, f"{where}{what}", param=path or None, code="invalid_type")
 
 
 def _refused(error: BitllmError) -> ApiError:
@@ -156,8 +162,4 @@ def _refused(error: BitllmError) -> ApiError:
 def _field_named(message: str) -> str | None:
     """Messages about a sampling option begin with its name."""
     word = _FIRST_WORD.match(message)
-    if word is None:
-        return None
-    from bitllm.config import SamplingParams
-
-    return word[0] if word[0] in SamplingParams.__dataclass_fields__ else None
+    return word[0] if word is not None and word[0] in _OPTIONS else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -11,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -31,6 +32,8 @@ from bitllm.server.pages import page_routes
 from bitllm.server.request_log import LogEntry, RequestLog
 
 __all__ = ["build_app", "build_service"]
+
+log = logging.getLogger("bitllm.server")
 
 _DESCRIPTION = "/openapi.json"
 
@@ -107,10 +110,9 @@ class _Answer:
             await response(scope, receive, send)
 
     async def _respond(self, call: Call, receive: Receive) -> Response:
-        """Return the answer, also where that is an error.
+        """Return the answer, also where that is an error or a bug.
 
         Raises:
-            Exception: a bug.
             ClientDisconnect: nobody waits for the answer any more.
         """
         try:
@@ -123,10 +125,13 @@ class _Answer:
             given = await decode_body(body, self._endpoint.body)
             handled = asyncio.create_task(self._handle(call, given))
             return await until_gone(receive, handled)
+        except ClientDisconnect:
+            raise
         except Exception as error:
             found = as_api_error(error)
             if found is None:
-                raise
+                log.error("request %s failed", call.entry.id, exc_info=error)
+                found = ApiError(500, f"the server failed at request {call.entry.id}: see its log")
             return found.response()
 
     async def _handle(self, call: Call, given: msgspec.Struct) -> Response:

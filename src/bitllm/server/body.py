@@ -84,6 +84,9 @@ async def decode_body(body: bytes, kind: type[_Body]) -> _Body:
         msgspec.MsgspecError: it is no JSON, or not of this form.
         RecursionError: it is nested too deeply.
     """
-    if len(body) <= _LARGE:
-        return msgspec.json.decode(body, type=kind)
-    return await asyncio.to_thread(msgspec.json.decode, body, type=kind)
+    try:
+        if len(body) <= _LARGE:
+            return msgspec.json.decode(body, type=kind)
+        return await asyncio.to_thread(msgspec.json.decode, body, type=kind)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(f"its text is not UTF-8 ({error.reason})") from error

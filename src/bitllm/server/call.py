@@ -89,8 +89,7 @@ class Call:
 
     def events(self, events: AsyncGenerator[bytes, None]) -> EventStream:
         """Return a streamed answer."""
-        options = self.service.options
-        return EventStream(events, keep_alive=options.keep_alive, patience=options.body_timeout)
+        return EventStream(events, keep_alive=self.service.options.keep_alive)
 
 
 class TokenClock:

@@ -50,11 +50,10 @@ def _check_dimensions(dimensions: int | None, size: int) -> None:
 
 
 def _encode(inputs: Sequence[Prompt], tokenizer: Tokenizer) -> list[list[int]]:
-    encoded = [tokenizer.encode(each) if isinstance(each, str) else list(each) for each in inputs]
-    for number, ids in enumerate(encoded):
-        if not ids:
+    for number, each in enumerate(inputs):
+        if not each:
             raise ApiError(400, f"input[{number}] is empty", param="input", code="invalid_value")
-    return encoded
+    return [tokenizer.encode(each) if isinstance(each, str) else list(each) for each in inputs]
 
 
 def _shortened(vectors: npt.NDArray[np.float32], dimensions: int | None) -> npt.NDArray[np.float32]:

@@ -30,33 +30,29 @@ def event(data: bytes) -> bytes:
 class EventStream(Response):
     """An answer whose events are sent as they come.
 
-    The generator is closed in any case, also when the client goes away or stops to read. An error
-    in the middle becomes the last event; `DONE` then does not come.
+    The generator is closed in any case, also when the client goes away. An error in the middle
+    becomes the last event; `DONE` then does not come.
 
     Args:
         events: encoded events.
         keep_alive: seconds of silence after which a comment is sent.
-        patience: seconds that a client may leave what is sent unread.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], *, keep_alive: float, patience: float
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._keep_alive = keep_alive
-        self._patience = patience
-        self._sending_since: float | None = None
+        self._sending = True
         self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer.
 
         Raises:
-            ClientDisconnect: the client has gone away, or has stopped to read.
+            ClientDisconnect: the client has gone away.
         """
         watchers = [
             asyncio.create_task(_wait_for_disconnect(receive)),
@@ -75,34 +71,33 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _send_all(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-        self._sent_at = asyncio.get_running_loop().time()
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._note_sent()
         try:
             async for data in self._events:
                 await self._send(send, data)
         except Exception as error:
             await self._send(send, event(_failure(error).body()))
+        self._sending = True
         await send({"type": "http.response.body", "body": b""})
 
     async def _send(self, send: Send, data: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        self._sending_since = loop.time()
+        self._sending = True
         await send({"type": "http.response.body", "body": data, "more_body": True})
-        self._sending_since = None
-        self._sent_at = loop.time()
+        self._note_sent()
+
+    def _note_sent(self) -> None:
+        self._sending = False
+        self._sent_at = asyncio.get_running_loop().time()
 
     async def _keep_open(self, send: Send) -> None:
-        """Break a silence by comments; return when the client does not read any more."""
+        """Break a silence by comments."""
         loop = asyncio.get_running_loop()
-        pause = min(self._keep_alive, self._patience) / 2
         while True:
-            await asyncio.sleep(pause)
-            now = loop.time()
-            if self._sending_since is not None:
-                if now - self._sending_since > self._patience:
-                    return
-            elif self._sent_at and now - self._sent_at >= self._keep_alive:
+            silence = loop.time() - self._sent_at
+            if self._sending or silence < self._keep_alive:
+                await asyncio.sleep(self._keep_alive - (0 if self._sending else silence))
+            else:
                 await self._send(send, _PING)
 
 

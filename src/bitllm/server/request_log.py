@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, the access log, and the answer to a bug."""
+"""The outermost layer: request ids and the access log."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bitllm.server.api_error import ApiError
 from bitllm.server.metrics import Metrics
 
 __all__ = ["LogEntry", "RequestLog"]
 
 access = logging.getLogger("bitllm.access")
-log = logging.getLogger("bitllm.server")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
@@ -104,20 +102,8 @@ class RequestLog:
             await self._app(scope, receive, _noting(entry, send))
         except ClientDisconnect:
             entry.disconnected = True
-        except Exception as error:
-            await self._fail(entry, error, _noting(entry, send), scope, receive)
         finally:
             self._close(entry)
-
-    async def _fail(
-        self, entry: LogEntry, error: Exception, send: Send, scope: Scope, receive: Receive
-    ) -> None:
-        """Answer 500; of an answer under way the client sees that it breaks off."""
-        log.error("request %s failed", entry.id, exc_info=error)
-        if entry.status != _CLIENT_WENT_AWAY:
-            raise error
-        answer = ApiError(500, f"the server failed; its log tells why, at request {entry.id}")
-        await answer.response()(scope, receive, send)
 
     def _close(self, entry: LogEntry) -> None:
         # What clients make up must not become names of figures.

@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 build_app(service),
-                http=Connection,
+                http=Connection.with_patience(service.options.body_timeout),
                 ws="none",
                 lifespan="off",
                 log_config=None,
