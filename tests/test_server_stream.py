@@ -168,7 +168,6 @@ def test_a_bug_in_mid_stream_tells_nothing_of_itself(caplog: pytest.LogCaptureFi
         answer = server.post(CHAT, {"messages": HI})
         assert (answer.status, answer.json["error"]["type"]) == (500, "server_error")
         assert "secret" not in answer.body.decode()
-        assert answer.headers["x-request-id"] in answer.json["error"]["message"]
     assert caplog.text.count("ZeroDivisionError: secret") == 2
 
 
@@ -298,7 +297,7 @@ def test_a_forced_call_is_held_back_as_a_whole() -> None:
     assert text_beside_calls('{"name": "add"}') is None
 
 
-# --- clients that go away --------------------------------------------------------------------------
+# --- clients that go away -------------------------------------------------------------------------
 
 
 def send(connection: socket.socket, body: dict[str, Any], path: str = TEXT) -> None:

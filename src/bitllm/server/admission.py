@@ -21,12 +21,14 @@ class Admission:
         limit: as given.
         under_way: how many there are.
         draining: no more are taken.
+        cut: those that had not ended in time were given up.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.under_way = 0
         self.draining = False
+        self.cut = False
         self._idle = asyncio.Event()
 
     @contextmanager

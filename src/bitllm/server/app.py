@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bitllm.server.access import Access
 from bitllm.server.admission import Admission
-from bitllm.server.api_error import ApiError, as_api_error
+from bitllm.server.api_error import ApiError
 from bitllm.server.body import decode_body, read_body
 from bitllm.server.call import Call, Service
 from bitllm.server.endpoints import ENDPOINTS, Endpoint
@@ -32,8 +31,6 @@ from bitllm.server.pages import page_routes
 from bitllm.server.request_log import LogEntry, RequestLog
 
 __all__ = ["build_app", "build_service"]
-
-log = logging.getLogger("bitllm.server")
 
 _DESCRIPTION = "/openapi.json"
 
@@ -104,10 +101,13 @@ class _Answer:
         """Answer a request; what it held is free when the answer has been sent."""
         entry: LogEntry = scope["bitllm.entry"]
         entry.route = self._path
-        async with AsyncExitStack() as stack:
-            call = Call(self._service, Request(scope, receive), entry, stack)
-            response = await self._respond(call, receive)
-            await response(scope, receive, send)
+        try:
+            async with AsyncExitStack() as stack:
+                call = Call(self._service, Request(scope, receive), entry, stack)
+                response = await self._respond(call, receive)
+                await response(scope, receive, send)
+        except ClientDisconnect:
+            entry.disconnected = True
 
     async def _respond(self, call: Call, receive: Receive) -> Response:
         """Return the answer, also where that is an error or a bug.
@@ -128,11 +128,7 @@ class _Answer:
         except ClientDisconnect:
             raise
         except Exception as error:
-            found = as_api_error(error)
-            if found is None:
-                log.error("request %s failed", call.entry.id, exc_info=error)
-                found = ApiError(500, f"the server failed at request {call.entry.id}: see its log")
-            return found.response()
+            return self._service.explain(error).response()
 
     async def _handle(self, call: Call, given: msgspec.Struct) -> Response:
         return await self._endpoint.handler(call, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -14,7 +15,9 @@ from starlette.responses import Response
 
 from bitllm import __version__
 from bitllm.engine import outputs
+from bitllm.errors import ConfigError
 from bitllm.server.admission import Admission
+from bitllm.server.api_error import ApiError, as_api_error, closed
 from bitllm.server.event_stream import EventStream
 from bitllm.server.metrics import Metrics
 from bitllm.server.models import ServedModel, ServedModels
@@ -23,6 +26,8 @@ from bitllm.server.request_log import LogEntry
 from bitllm.server.responses import Usage, usage_of
 
 __all__ = ["FINGERPRINT", "Call", "Service", "TokenClock", "json_response", "response_id"]
+
+log = logging.getLogger("bitllm.server")
 
 FINGERPRINT = f"bitllm-{__version__}"
 """What may change the text of a seed: the program. The machine does not."""
@@ -43,6 +48,16 @@ class Service:
     models: ServedModels
     admission: Admission
     metrics: Metrics
+
+    def explain(self, error: Exception) -> ApiError:
+        """Return the answer that an exception stands for; what is a bug is logged."""
+        if self.admission.cut and isinstance(error, ConfigError):
+            return closed()  # what the engine says of its own end
+        found = as_api_error(error)
+        if found is None:
+            log.error("a request failed", exc_info=error)
+            found = ApiError(500, "the server failed; its log tells why")
+        return found
 
 
 @dataclass(slots=True)
@@ -89,7 +104,8 @@ class Call:
 
     def events(self, events: AsyncGenerator[bytes, None]) -> EventStream:
         """Return a streamed answer."""
-        return EventStream(events, keep_alive=self.service.options.keep_alive)
+        service = self.service
+        return EventStream(events, service.explain, keep_alive=service.options.keep_alive)
 
 
 class TokenClock:

@@ -39,7 +39,8 @@ class Connection(H11Protocol):
         """Note whether the headers are complete."""
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._head = _cancelled(self._head)
+            self._stop(self._head)
+            self._head = None
         elif self._head is None:
             self._await_head()
 
@@ -50,12 +51,13 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         """Stop to wait for the reader."""
-        self._reader = _cancelled(self._reader)
+        self._stop(self._reader)
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop to wait for anything."""
-        self._head, self._reader = _cancelled(self._head), _cancelled(self._reader)
+        self._stop(self._head)
+        self._stop(self._reader)
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
@@ -66,7 +68,6 @@ class Connection(H11Protocol):
         if self.conn.their_state is h11.IDLE and self.conn.our_state is h11.IDLE:
             self.transport.abort()
 
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+    def _stop(self, timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()

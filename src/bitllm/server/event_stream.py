@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from bitllm.server.api_error import ApiError, as_api_error
+from bitllm.server.api_error import ApiError
 
 __all__ = ["DONE", "EventStream", "event", "until_gone"]
 
@@ -18,8 +17,6 @@ DONE = b"data: [DONE]\n\n"
 """The last event of a stream that has come to its end."""
 
 _PING = b": ping\n\n"
-
-log = logging.getLogger("bitllm.server")
 
 
 def event(data: bytes) -> bytes:
@@ -35,15 +32,23 @@ class EventStream(Response):
 
     Args:
         events: encoded events.
+        explain: says what an error in the middle is to the client.
         keep_alive: seconds of silence after which a comment is sent.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        explain: Callable[[Exception], ApiError],
+        *,
+        keep_alive: float,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._explain = explain
         self._keep_alive = keep_alive
         self._sending = True
         self._sent_at = 0.0
@@ -77,7 +82,7 @@ class EventStream(Response):
             async for data in self._events:
                 await self._send(send, data)
         except Exception as error:
-            await self._send(send, event(_failure(error).body()))
+            await self._send(send, event(self._explain(error).body()))
         self._sending = True
         await send({"type": "http.response.body", "body": b""})
 
@@ -99,14 +104,6 @@ class EventStream(Response):
                 await asyncio.sleep(self._keep_alive - (0 if self._sending else silence))
             else:
                 await self._send(send, _PING)
-
-
-def _failure(error: Exception) -> ApiError:
-    found = as_api_error(error)
-    if found is None:
-        log.error("a stream failed", exc_info=error)
-        found = ApiError(500, "the server failed; its log tells why")
-    return found
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bitllm.server.metrics import Metrics
@@ -100,8 +99,6 @@ class RequestLog:
         scope["bitllm.entry"] = entry
         try:
             await self._app(scope, receive, _noting(entry, send))
-        except ClientDisconnect:
-            entry.disconnected = True
         finally:
             self._close(entry)
 

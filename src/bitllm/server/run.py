@@ -140,5 +140,6 @@ class Server(uvicorn.Server):
         self._on_drain(admission.under_way)
         if not await admission.drain(self._service.options.grace):
             # Streams under way then end with an error, which their clients can tell from an end.
+            admission.cut = True
             await self._service.models.aclose()
         self.should_exit = True
