@@ -127,6 +127,16 @@ def test_an_echo_comes_first(server: LiveServer) -> None:
         assert "".join(each["text"] for each in mine) == choice["text"]
 
 
+def test_an_echo_can_be_all_of_a_stream(server: LiveServer) -> None:
+    events = server.post(TEXT, {"prompt": "The", "echo": True, "max_tokens": 0, "stream": True})
+    assert events.status == 200
+    choices = [event["choices"][0] for event in events.events[:-1]]
+    assert [(each["text"], each["finish_reason"]) for each in choices] == [
+        ("The", None),
+        ("", "length"),
+    ]
+
+
 def test_what_is_wrong_with_a_prompt_is_an_ordinary_400(server: LiveServer) -> None:
     for path, body in (
         (CHAT, {"messages": HI, "max_tokens": 9999}),

@@ -25,7 +25,7 @@ class Access:
     Args:
         app: what answers.
         options: of the operator.
-        public: paths that need no key; one that ends in "/" stands for all below it.
+        public: paths that need no key.
     """
 
     def __init__(self, app: ASGIApp, options: ServerOptions, public: frozenset[str]) -> None:
@@ -33,8 +33,7 @@ class Access:
         self._keys = [_digest(key) for key in options.api_keys]
         self._hosts = options.known_hosts
         self._origins = frozenset(options.cors_origins)
-        self._public = frozenset(path for path in public if not path.endswith("/") or path == "/")
-        self._below = tuple(path for path in public if path.endswith("/") and path != "/")
+        self._public = public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -48,7 +47,7 @@ class Access:
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if not self._keys:
             return self._foreign(headers)
-        if path in self._public or path.startswith(self._below):
+        if path in self._public:
             return None
         given = _key_of(headers)
         if given is None:

@@ -58,7 +58,22 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
         texts = await asyncio.to_thread(_echoes, body, prompts, tokenizer)
         return call.events(_Stream(call, body, served, params, streams, texts).events())
     completions = await served.llm.generate(encoded, params=params)
-    return await asyncio.to_thread(_answer, call, body, served, prompts, encoded, completions)
+    usages = [[each.usage for each in completion.choices] for completion in completions]
+    answer = CompletionResponse(
+        id=response_id("cmpl"),
+        created=call.created,
+        model=served.name,
+        choices=[],
+        system_fingerprint=FINGERPRINT,
+        usage=call.count(served.name, usages),
+        timings=timings_of(usages),
+    )
+
+    def write() -> Response:
+        answer.choices = _choices(body, tokenizer, prompts, encoded, completions)
+        return json_response(answer)
+
+    return await asyncio.to_thread(write)
 
 
 def _params(call: Call, body: CompletionRequest) -> SamplingParams:
@@ -96,36 +111,22 @@ def _echoes(
     ]
 
 
-def _answer(
-    call: Call,
+def _choices(
     body: CompletionRequest,
-    served: ServedModel,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     encoded: Sequence[Sequence[int]],
     completions: Sequence[outputs.Completion],
-) -> Response:
-    tokenizer = served.llm.llm.tokenizer
+) -> list[CompletionChoice]:
     texts = _echoes(body, prompts, tokenizer)
     choices: list[CompletionChoice] = []
     for number, completion in enumerate(completions):
+        echo = "" if texts is None else texts[number]
         for each in completion.choices:
-            echo = "" if texts is None else texts[number]
             told = _logprobs(body, tokenizer, encoded[number], each, echo)
-            text = echo + each.text
             reason = finish_reason(each.finish_reason)
-            choices.append(CompletionChoice(len(choices), text, told, reason))
-    usages = [[each.usage for each in completion.choices] for completion in completions]
-    return json_response(
-        CompletionResponse(
-            id=response_id("cmpl"),
-            created=call.created,
-            model=served.name,
-            choices=choices,
-            system_fingerprint=FINGERPRINT,
-            usage=call.count(served.name, usages),
-            timings=timings_of(usages),
-        )
-    )
+            choices.append(CompletionChoice(len(choices), echo + each.text, told, reason))
+    return choices
 
 
 def _logprobs(
