@@ -115,6 +115,26 @@ def without_times(completions: list[Any]) -> list[Any]:
     return [(each.text, each.token_ids, each.finish_reason, each.logprobs) for each in completions]
 
 
+def test_a_stream_can_be_started_before_it_is_read() -> None:
+    async def test() -> None:
+        async with AsyncLLM(make_llm()) as llm:
+            with pytest.raises(ContextOverflowError):
+                await llm.stream("a", max_tokens=9999).start()
+            stream = llm.stream("two words", max_tokens=5)
+            await stream.start()
+            await until(lambda: llm.llm.stats().decoded_tokens == 4)  # without a reader
+            await stream.start()  # once is enough
+            chunks = [chunk async for chunk in stream]
+            assert sum(len(chunk.token_ids) for chunk in chunks) == 5
+            left = llm.stream("a")
+            await left.aclose()
+            await left.start()
+            assert [chunk async for chunk in left] == []
+            assert llm.llm.free_blocks == BLOCKS
+
+    run(test)
+
+
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_a_real_model_writes_the_same(tmp_path: Path, device: str) -> None:
     model = str(write_model(tmp_path / "tiny"))

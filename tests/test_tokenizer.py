@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from bitllm.errors import ChatTemplateError, TokenizerError
-from bitllm.tokenizer import ChatTemplate, StreamDetokenizer, Tokenizer, load_tokenizer
+from bitllm.tokenizer import (
+    ChatTemplate,
+    StreamDetokenizer,
+    Tokenizer,
+    load_tokenizer,
+    token_bytes,
+)
+from byte_tokenizer import START, byte_tokenizer
 
 SPECIALS = ["<s>", "</s>", "<|eot_id|>", "<pad>"]
 CHATML = (
@@ -453,3 +460,19 @@ class TestFiles:
             f"load_tokenizer({str(tmp_path)!r}); assert 'jinja2' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_bytes_of_a_token() -> None:
+    tokenizer = byte_tokenizer()
+    text = "naïve ☃"
+    ids = tokenizer.encode(text)
+    assert ids[0] == START
+    assert token_bytes(tokenizer, START) == b"<s>"
+    assert b"".join(token_bytes(tokenizer, id) for id in ids[1:]) == text.encode()
+    assert token_bytes(tokenizer, 99999) == b""
+
+
+def test_the_bytes_of_a_token_of_sentencepiece(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save(tmp_path, fallback_backend(), tokenizer_config={}))
+    ids = tokenizer.encode("hello wo☃")
+    assert b"".join(token_bytes(tokenizer, id) for id in ids) == " hello wo☃".encode()

@@ -19,6 +19,8 @@ __all__ = ["COMMANDS", "CommandGroup", "app"]
 COMMANDS = {
     "run": "Continue a prompt and print the text.",
     "chat": "Talk with a model.",
+    "serve": "Serve models over HTTP, by OpenAI's protocol.",
+    "ps": "Show what a running server does: its models, requests and memory.",
     "pull": "Fetch a model from the Hugging Face Hub.",
     "list": "List the models in the cache that bitllm can run.",
     "rm": "Remove models from the cache.",

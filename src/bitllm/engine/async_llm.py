@@ -399,16 +399,29 @@ class ChunkStream:
     def __del__(self) -> None:
         self._leave()
 
+    async def start(self) -> None:
+        """Have the prompt read now; else that is done when the first chunk is asked for.
+
+        Raises:
+            BitllmError: what is wrong with the prompt or its parameters.
+        """
+        if self._feed is None and not self._left:
+            try:
+                await self._submit()
+            except BaseException:
+                self._leave()
+                raise
+
+    async def _submit(self) -> Feed:
+        self._thread.check_open()
+        request = await asyncio.to_thread(self._prepare)
+        loop = asyncio.get_running_loop()
+        notify = functools.partial(loop.call_soon_threadsafe, self._news.set)
+        self._feed = self._thread.submit(request, notify, chunks=True, since=self._called)
+        return self._feed
+
     async def _next(self) -> Chunk:
-        feed = self._feed
-        if feed is None:
-            self._thread.check_open()
-            request = await asyncio.to_thread(self._prepare)
-            loop = asyncio.get_running_loop()
-            notify = functools.partial(loop.call_soon_threadsafe, self._news.set)
-            feed = self._feed = self._thread.submit(
-                request, notify, chunks=True, since=self._called
-            )
+        feed = await self._submit() if self._feed is None else self._feed
         while True:
             self._news.clear()
             ended = feed.ended

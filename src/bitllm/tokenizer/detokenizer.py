@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import re
 from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bitllm.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["StreamDetokenizer"]
+__all__ = ["StreamDetokenizer", "token_bytes"]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class StreamDetokenizer:
@@ -65,6 +67,27 @@ class StreamDetokenizer:
         return self._tokenizer.decode(self._context + self._waiting, skip_special=False)[
             len(before) :
         ]
+
+
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """Return the bytes that a token writes, of a special token those of its name.
+
+    With byte-level tokenizers the bytes of all tokens are those of the text. Others may drop the
+    space before the first word of a text, which its token has.
+    """
+    token = tokenizer.token(token_id)
+    if token is None:
+        return b""
+    if token_id in tokenizer.special_ids:
+        return token.encode("utf-8", "replace")
+    if tokenizer.is_byte_level:
+        return _token_bytes(token)
+    byte = _BYTE_TOKEN.fullmatch(token)
+    if byte is not None:
+        return bytes([int(byte[1], 16)])
+    return token.replace("\u2581", " ").encode(
+        "utf-8", "replace"
+    )  # how SentencePiece writes spaces
 
 
 def _token_bytes(token: str) -> bytes:
