@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
@@ -19,6 +18,9 @@ from bitllm.engine.sequence import Sequence
 __all__ = ["BatchBuilder", "build_plan"]
 
 I32 = npt.NDArray[np.int32]
+
+Draw = tuple[Sequence, tuple[int, ...]]
+"""A sequence, and the guesses between its last known token and the one to draw."""
 
 
 class BatchBuilder:
@@ -40,16 +42,18 @@ class BatchBuilder:
     def build(self, runs: Ordered[Run]) -> Batch:
         """Return one step's batch.
 
-        Each run asks for its `read_rows`, then for one SAMPLE for each of its `drawers`.
+        Each run asks for its `read_rows`, then for one SAMPLE for each of its `drawers`, or for
+        the last known token and each guess after it.
 
         Args:
             runs: at least one, with blocks for all of their tokens.
         """
         drawers = [run.drawers for run in runs]
-        sampling = list(itertools.chain.from_iterable(drawers))
+        sampling = _draws(runs, drawers)
         reading = [(run.sequence.rows, rows) for run in runs if (rows := run.read_rows)]
         if not reading and all(
-            run.length == len(draw) == 1 for run, draw in zip(runs, drawers, strict=True)
+            run.length == len(draw) == 1 and not run.draft
+            for run, draw in zip(runs, drawers, strict=True)
         ):
             shape = self._shape_of_one(len(runs))
             tokens = [run.sequence.token_ids[run.sequence.computed] for run in runs]
@@ -58,9 +62,8 @@ class BatchBuilder:
             shape = _shape_of(runs, drawers)
             tokens, positions = [], []
             for run in runs:
-                start, end = run.sequence.computed, run.sequence.computed + run.length
-                tokens += run.sequence.token_ids[start:end]
-                positions += range(start, end)
+                tokens += run.token_ids
+                positions += range(run.sequence.computed, run.end)
         return Batch(
             token_ids=np.array(tokens, np.int32),
             positions=np.array(positions, np.int32),
@@ -78,14 +81,13 @@ class BatchBuilder:
             self._of_one = _shape([1] * count, range(count))
         return self._of_one
 
-    def _plan_for(self, sequences: list[Sequence]) -> SamplePlan:
-        kept = self._planned
+    def _plan_for(self, draws: list[Draw]) -> SamplePlan:
+        sequences, kept = [sequence for sequence, _ in draws], self._planned
         if kept is None or len(kept) != len(sequences) or any(map(is_not, kept, sequences)):
-            self._plan = build_plan(sequences, self._vocab_size)
+            self._plan = build_plan(draws, self._vocab_size)
             self._planned = sequences if all(map(_lasts, sequences)) else None
             return self._plan
-        positions = np.array([sequence.generated for sequence in sequences], np.int32)
-        self._plan = replace(self._plan, position=positions)
+        self._plan = replace(self._plan, position=_places(draws))
         return self._plan
 
 
@@ -97,6 +99,19 @@ class _Shape:
     adapter_slots: I32
     output_rows: I32
     output_kinds: npt.NDArray[np.uint8]
+
+
+def _draws(runs: Ordered[Run], drawers: Ordered[Ordered[Sequence]]) -> list[Draw]:
+    draws: list[Draw] = []
+    for run, draw in zip(runs, drawers, strict=True):
+        draws += [(sequence, ()) for sequence in draw]
+        draws += [(run.sequence, run.draft[: index + 1]) for index in range(len(run.draft))]
+    return draws
+
+
+def _places(draws: Ordered[Draw]) -> I32:
+    """Return the index of each drawn token in its completion."""
+    return np.array([sequence.generated + len(guesses) for sequence, guesses in draws], np.int32)
 
 
 def _lasts(sequence: Sequence) -> bool:
@@ -121,14 +136,16 @@ def _shape_of(runs: Ordered[Run], drawers: Ordered[Ordered[Sequence]]) -> _Shape
     kinds: list[int] = []
     end = 0
     for run, draw in zip(runs, drawers, strict=True):
-        start, end = end, end + run.length
+        start, end = end, end + run.length + len(run.draft)
         if run.sequence.rows is not None:
             offset = start - run.sequence.computed
             rows += [position + offset for position in run.read_rows]
             kinds += [run.sequence.rows.readout.kind] * len(run.read_rows)
-        rows += [end - 1] * len(draw)
-        kinds += [OutputKind.SAMPLE] * len(draw)
-    return _shape([run.length for run in runs], rows, kinds)
+        known = end - len(run.draft)
+        rows += [known - 1] * len(draw)
+        rows += range(known, end)
+        kinds += [OutputKind.SAMPLE] * (len(draw) + len(run.draft))
+    return _shape([run.length + len(run.draft) for run in runs], rows, kinds)
 
 
 def _scores(reading: Ordered[tuple[Rows | None, range]]) -> dict[str, I32]:
@@ -146,12 +163,14 @@ def _scores(reading: Ordered[tuple[Rows | None, range]]) -> dict[str, I32]:
     }
 
 
-def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
-    """Return how to draw the next token of each of these sequences."""
+def build_plan(draws: Ordered[Draw], vocab_size: int) -> SamplePlan:
+    """Return how to draw each of these tokens."""
+    sequences = [sequence for sequence, _ in draws]
     requests = [sequence.request for sequence in sequences]
-    seen = [sequence.seen for sequence in sequences]
+    seen = [_seen(sequence, guesses) for sequence, guesses in draws]
     bias = [request.logit_bias for request in requests]
-    mask, mask_rows = _masks(sequences, vocab_size)
+    places = _places(draws)
+    mask, mask_rows = _masks(sequences, places, vocab_size)
     seen_offsets, seen_ids = _ragged_ids(seen)
     bias_offsets, bias_ids = _ragged_ids(bias)
     return SamplePlan(
@@ -162,7 +181,7 @@ def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
         typical_p=np.array([each.typical_p for each in requests], np.float32),
         seed=np.array([each.seed for each in requests], np.uint64),
         choice=np.array([sequence.choice for sequence in sequences], np.int32),
-        position=np.array([sequence.generated for sequence in sequences], np.int32),
+        position=places,
         top_logprobs=np.array([each.top_logprobs for each in requests], np.int32),
         repetition_penalty=np.array([each.repetition_penalty for each in requests], np.float32),
         frequency_penalty=np.array([each.frequency_penalty for each in requests], np.float32),
@@ -178,8 +197,18 @@ def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
     )
 
 
+def _seen(sequence: Sequence, guesses: tuple[int, ...]) -> Mapping[int, int]:
+    """Return the ids seen before a draw, with how often each was generated."""
+    if not guesses or not sequence.request.penalised:
+        return sequence.seen
+    seen = dict(sequence.seen)
+    for token in guesses:
+        seen[token] = seen.get(token, 0) + 1
+    return seen
+
+
 def _block_tables(runs: Ordered[Run]) -> I32:
-    used = [run.sequence.blocks_for(run.sequence.computed + run.length) for run in runs]
+    used = [run.sequence.blocks_for(run.end) for run in runs]
     if len(runs) == 1:
         return runs[0].sequence.block_table(used[0])[np.newaxis]
     tables = np.full((len(runs), max(used)), -1, np.int32)
@@ -196,13 +225,15 @@ def _ragged_ids(rows: Ordered[Mapping[int, float]]) -> tuple[I32, I32]:
     return offsets, np.array([token for row in rows for token in row], np.int32)
 
 
-def _masks(sequences: Ordered[Sequence], vocab_size: int) -> tuple[npt.NDArray[np.uint32], I32]:
+def _masks(
+    sequences: Ordered[Sequence], places: I32, vocab_size: int
+) -> tuple[npt.NDArray[np.uint32], I32]:
     """Return a mask row for each sequence of a grammar, or that may not end yet."""
     rows = np.full(len(sequences), -1, np.int32)
     masks: list[npt.NDArray[np.uint32]] = []
     for index, sequence in enumerate(sequences):
         request, form = sequence.request, sequence.form
-        early = sequence.generated < request.min_tokens
+        early = places[index] < request.min_tokens
         if form is not None:
             mask = form.mask.copy()
         elif early and request.banned_ids:
