@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINE_OPTIONS", "load_model", "print_status", "resident_bytes", "split_options"]
 
-ENGINE_OPTIONS = ("device", "threads", "context", "kv_dtype", "packing", "head")
+ENGINE_OPTIONS = (
+    "device",
+    "threads",
+    "context",
+    "kv_dtype",
+    "packing",
+    "head",
+    "speculation",
+    "draft_model",
+    "draft_tokens",
+)
 """The options of a command that say how a model is loaded; the others say how it answers."""
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
-from bitllm.config import CHOICES
+from bitllm.config import CHOICES, SpeculationName
 
 __all__ = [
     "chosen",
@@ -19,6 +19,7 @@ __all__ = [
     "model_option",
     "option",
     "sampling_options",
+    "speculation_options",
     "verbose_option",
 ]
 
@@ -161,6 +162,26 @@ engine_options: Decorator[Any] = _together(
         "--head",
         type=click.Choice(CHOICES["head"]),
         help="How the cpu device computes logits. Default: auto, the fastest that is exact.",
+    ),
+)
+
+speculation_options: Decorator[Any] = _together(
+    option(
+        "--speculation",
+        type=click.Choice(get_args(SpeculationName)),
+        help="Whether guesses at coming tokens are computed along. The text is the same. Default:"
+        " auto, where that saves time.",
+    ),
+    option(
+        "--draft-model",
+        metavar="REF",
+        help="A smaller model of the same vocabulary that guesses. Default: only the text itself.",
+    ),
+    option(
+        "--draft-tokens",
+        metavar="N",
+        type=click.IntRange(min=1, max=64),
+        help="Most guesses at once. Default: 16.",
     ),
 )
 

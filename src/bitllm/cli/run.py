@@ -18,6 +18,7 @@ from bitllm.cli.options import (
     model_option,
     option,
     sampling_options,
+    speculation_options,
     verbose_option,
 )
 from bitllm.cli.terminal import emit, emit_json, note, waiting
@@ -40,6 +41,7 @@ STDIN_PATIENCE_S = 3.0
 @option("--system", metavar="TEXT", help="System message of the chat template; implies --chat.")
 @sampling_options
 @engine_options
+@speculation_options
 @json_option
 @option("--stream/--no-stream", default=True, help="Print the text as it is made, or at the end.")
 @option("-q", "--quiet", is_flag=True, help="Print no status line.")

@@ -21,6 +21,7 @@ from bitllm.engine.outputs import Chunk, Completion, join_choices
 from bitllm.engine.prompt import Message, Prompt, is_one, token_ids_of
 from bitllm.engine.request import ModelDefaults, Request, describe_defaults, resolve_request
 from bitllm.engine.sequence import Sequence
+from bitllm.engine.speculation import Speculation
 from bitllm.engine.stats import EngineStats
 from bitllm.engine.token_access import TokenAccess
 from bitllm.engine.tools import ToolChoice, constrain_call, read_tools, tool_prompt
@@ -91,6 +92,7 @@ class LLM(TokenAccess):
         defaults: what the model says about its own generation.
         plan: the memory budget it was loaded under, if one was made.
         prefix_cache: as in `EngineOptions`.
+        speculation: decides which guesses at coming tokens are computed; None = none are.
 
     Attributes:
         name: as given.
@@ -113,6 +115,7 @@ class LLM(TokenAccess):
         defaults: ModelDefaults | None = None,
         plan: MemoryPlan | None = None,
         prefix_cache: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
@@ -127,6 +130,7 @@ class LLM(TokenAccess):
             lambda: StreamDetokenizer(tokenizer),
             max_batch_tokens=max_batch_tokens,
             prefix_cache=prefix_cache,
+            speculation=speculation,
         )
 
     @overload

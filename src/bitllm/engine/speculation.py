@@ -108,20 +108,26 @@ class StepCosts:
     STALE = 512
     """Steps after which a figure is dropped."""
 
+    FRESH = 16
+    """Steps for which a curve is used again, unless a figure changes by a fifth."""
+
     HOPE = 0.4
     """What a further row costs at best, as a part of the mean row of the largest known step."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[float, int]] = {}  # rows: (seconds, number of the step)
         self._steps = 0
+        self._curve: tuple[int, int, list[float]] = (0, 0, [])  # first, at which step, seconds
 
     def add(self, rows: int, seconds: float) -> None:
         """Take in a step; one that took twice as long as expected counts as no more than that."""
         self._steps += 1
         seconds = max(seconds, 1e-9)
-        if rows in self._known:
-            before = self._known[rows][0]
+        before = self._known[rows][0] if rows in self._known else 0.0
+        if before:
             seconds = before + (min(seconds, 2 * before) - before) / 4
+        if abs(seconds - before) > 0.2 * before:
+            self._curve = (0, 0, [])
         self._known[rows] = (seconds, self._steps)
 
     def knows(self, rows: int) -> bool:
@@ -129,7 +135,19 @@ class StepCosts:
         return rows in self._known and self._steps - self._known[rows][1] < self.STALE
 
     def curve(self, first: int, last: int) -> list[float]:
-        """Return the seconds of steps of `first` to `last` rows; `first` must be known."""
+        """Return the seconds of steps of `first` to `last` rows, or to more.
+
+        Args:
+            first: must be known.
+            last: the most rows that are of interest.
+        """
+        begins, step, seconds = self._curve
+        if begins != first or self._steps - step >= self.FRESH or len(seconds) <= last - first:
+            seconds = self._points(first, last)
+            self._curve = (first, self._steps, seconds)
+        return seconds
+
+    def _points(self, first: int, last: int) -> list[float]:
         rows = sorted(count for count in self._known if count >= first and self.knows(count))
         seconds = [self._known[count][0] for count in rows]
         if len(rows) == 1:
@@ -169,7 +187,7 @@ class Speculation:
     def lengthen(self, runs: list[Run], scheduler: Scheduler) -> list[Run]:
         """Return the runs of a step with guesses where they pay."""
         rows = len(runs)
-        room = min(MOST_GUESSES, self._max_batch_tokens - rows)
+        room = min(MOST_GUESSES, self._most * rows, self._max_batch_tokens - rows)
         if rows > MOST_SEQUENCES or room < 1 or not all(map(_decodes, runs)):
             return runs
         if not self.costs.knows(rows):
@@ -182,7 +200,7 @@ class Speculation:
             if not any(chances):
                 continue
             curve = curve or self.costs.curve(rows, rows + room)
-            gain, shares = _divide(chances, curve, drafter)
+            gain, shares = _divide(chances, curve[: room + 1], drafter)
             if gain > best:
                 best, chosen = gain, drafter
                 counts = {run.sequence: n for run, n in zip(runs, shares, strict=True) if n}
