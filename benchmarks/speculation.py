@@ -14,16 +14,19 @@ import argparse
 import sys
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
+from dataclasses import replace
 
 import machine
 
 from bitllm.bench.timing import Spread
+from bitllm.config import SamplingParams
 from bitllm.engine.engine import Engine
 from bitllm.engine.llm import LLM
 from bitllm.engine.loading import load
+from bitllm.engine.outputs import Usage
 from bitllm.engine.request import Request
 from bitllm.engine.sequence import Sequence
-from bitllm.engine.speculation import Drafter, NgramDrafter, Speculation
+from bitllm.engine.speculation import NgramDrafter, Speculation
 
 FACTS = (
     "The list holds three names. The list holds three numbers. A string is not a list. "
@@ -32,10 +35,9 @@ FACTS = (
 PROMPTS = {
     "quote": f"{FACTS}\n\nThe same again, word for word:\n\n{FACTS[:90]}",
     "summary": f"{FACTS}\n\nIn one sentence:",
-    "code": "def first(values):\n    return values[0]\n\n\ndef last(values):\n    return values[-1]\n",
+    "code": "def first(a):\n    return a[0]\n\n\ndef last(a):\n    return a[-1]\n\n\ndef ",
     "free": "Yesterday",
 }
-SAMPLED = {"temperature": 0.8, "seed": 1}
 CEILING = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -78,28 +80,62 @@ class Always(Speculation):
         super().observe(runs, 0.0)  # type: ignore[arg-type]
 
 
-def measure(
-    engine: Engine, request: Request, speculation: Speculation, repeats: int
-) -> tuple[list[int], Spread, float]:
-    """Return the ids, the tokens a second, and the guesses for each drawn token that were right."""
+def write(engine: Engine, request: Request, speculation: Speculation) -> tuple[list[int], Usage]:
+    """Return the ids of a text and what it took."""
     engine._speculation = speculation
-    speeds = []
-    for _ in range(repeats + 1):  # the first finds out what rows cost
-        sequence = engine.add(request)
+    sequence = engine.add(request)
+    try:
         engine.finish(sequence)
-        usage = sequence.completion().usage
-        speeds.append(usage.tokens_per_second)
+        return sequence.token_ids, sequence.completion().usage
+    finally:
         engine.abort(sequence)
-    right = usage.accepted_tokens / max(1, usage.completion_tokens - 1)
-    return sequence.token_ids, Spread.of(speeds[1:]), right
+
+
+def compare(
+    engine: Engine, request: Request, speculation: Speculation, repeats: int
+) -> dict[str, float]:
+    """Return speeds without and with guesses, in turns, and guesses for each drawn token.
+
+    Raises:
+        SystemExit: the text is another one.
+    """
+    none = Speculation((), 0, 256)
+    write(engine, request, speculation)  # finds out what rows cost
+    plain, guessed, ratios = [], [], []
+    for _ in range(repeats):
+        ids, before = write(engine, request, none)
+        found, usage = write(engine, request, speculation)
+        if found != ids:
+            sys.exit("another text than without guesses")
+        plain.append(before.tokens_per_second)
+        guessed.append(usage.tokens_per_second)
+        ratios.append(guessed[-1] / plain[-1])
+    drawn = usage.completion_tokens - 1
+    return {
+        "plain": Spread.of(plain).median,
+        "guessed": Spread.of(guessed).median,
+        "ratio": Spread.of(ratios).median,
+        "spread": Spread.of(ratios).spread,
+        "drafted": usage.drafted_tokens / drawn,
+        "right": usage.accepted_tokens / drawn,
+    }
 
 
 def prepared(llm: LLM, prompt: str, tokens: int, sampled: bool) -> Request:
     """Return the request of a prompt that ends nowhere before `tokens`."""
-    options = {"max_tokens": tokens, "ignore_eos": True, **(SAMPLED if sampled else {})}
-    from bitllm.config import SamplingParams
+    greedy = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.0)
+    params = replace(greedy, temperature=0.8, seed=1) if sampled else greedy
+    return llm.prepare(prompt, params)
 
-    return llm.prepare(prompt, SamplingParams(**options))
+
+def texts(llm: LLM, tokens: int) -> dict[str, Request]:
+    """Return what is written with guesses of its own: a loop, and continuations of prompts."""
+    loop = prepared(llm, PROMPTS["free"], tokens, sampled=False)
+    found = {"one token over and over": replace(loop, logit_bias={loop.prompt_ids[-1]: 1000.0})}
+    for name, prompt in PROMPTS.items():
+        found[f"{name}, greedy"] = prepared(llm, prompt, tokens, sampled=False)
+        found[f"{name}, sampled"] = prepared(llm, prompt, tokens, sampled=True)
+    return found
 
 
 def main() -> int:
@@ -114,38 +150,25 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.tokens < 2 or arguments.repeats < 1:
         parser.error("--tokens must be at least 2, --repeats at least 1")
-    llm = load(arguments.model, threads=arguments.threads, context=1024, prefix_cache=False)
-    rows, figures = [], []
-
-    def compare(name: str, request: Request, *drafters: tuple[str, Speculation]) -> None:
-        none = Speculation((), 0, 256)
-        ids, plain, _ = measure(llm.engine, request, none, arguments.repeats)
-        for what, speculation in drafters:
-            found, speed, right = measure(llm.engine, request, speculation, arguments.repeats)
-            if found != ids:
-                sys.exit(f"{name}, {what}: another text than without guesses")
-            ratio = speed.median / plain.median
-            text = f"{plain.median:6.1f} -> {speed.median:6.1f} tok/s, {ratio:.2f} x"
-            rows.append((f"{name}, {what}", f"{text}, right guesses a token {right:.2f}"))
-            figures.append(
-                {"text": name, "guesses": what, "plain": plain.median}
-                | {
-                    "tokens_per_s": speed.median,
-                    "spread": speed.spread,
-                    "right": right,
-                }
-            )
-
+    llm = load(arguments.model, threads=arguments.threads, context=512, prefix_cache=False)
+    figures: dict[str, dict[str, float]] = {}
     request = prepared(llm, PROMPTS["free"], arguments.tokens, sampled=True)
-    ids, _, _ = measure(llm.engine, request, Speculation((), 0, 256), 1)
-    known: Drafter = KnownText(ids)
-    ceiling = [(f"always {most}", Always([known], most, 256)) for most in CEILING]
-    compare("a known text", request, *ceiling)
-    for name, prompt in PROMPTS.items():
-        for sampled in (False, True):
-            request = prepared(llm, prompt, arguments.tokens, sampled)
-            auto = Speculation([NgramDrafter()], 16, 256)
-            compare(f"{name}, {'sampled' if sampled else 'greedy'}", request, ("auto", auto))
+    ids, _ = write(llm.engine, request, Speculation((), 0, 256))
+    for most in CEILING:
+        always = Always([KnownText(ids)], most, 256)
+        figures[f"known, always {most}"] = compare(llm.engine, request, always, arguments.repeats)
+    for name, request in texts(llm, arguments.tokens).items():
+        auto = Speculation([NgramDrafter()], 16, 256)
+        figures[name] = compare(llm.engine, request, auto, arguments.repeats)
+    rows = [
+        (
+            name,
+            f"{each['plain']:6.1f} -> {each['guessed']:6.1f} tok/s, {each['ratio']:.2f} x"
+            f" (spread {each['spread']:.0%}); guesses a token {each['drafted']:.2f},"
+            f" right {each['right']:.2f}",
+        )
+        for name, each in figures.items()
+    ]
     machine.report(rows, {"benchmark": "speculation", "model": llm.name, "figures": figures})
     return 0
 

@@ -59,7 +59,7 @@ class NgramIndex:
 
     def read(self) -> list[tuple[int, bool]]:
         """Take in what the text has grown by; return (bits of agreement, right) of its tokens."""
-        learnt = []
+        learnt: list[tuple[int, bool]] = []
         for at in range(self._read, len(self._tokens)):
             if self._source and at >= self._drawn:
                 kind, right = self._kind(0), self._tokens[self._source] == self._tokens[at]
