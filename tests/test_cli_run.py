@@ -315,6 +315,22 @@ def test_options_come_from_the_environment_and_the_command_line_wins(
     assert "many" in result.stderr
 
 
+def test_guesses_can_be_switched_off_and_a_second_model_named(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["ab ab ab ab", "-m", model, "-n", "60", "--context", "128", "--json"]
+    usages = {}
+    for options in (("--speculation", "off"), ("--draft-model", model, "--draft-tokens", "3")):
+        usages[options[0]] = json.loads(run(*arguments, *options).stdout)
+    off, drafted = usages.values()
+    assert off["usage"]["drafted_tokens"] == 0
+    assert off["text"] == drafted["text"]
+    monkeypatch.setenv("BITLLM_SPECULATION", "off")
+    refused = run(*arguments, "--draft-model", model)
+    assert refused.exit_code != 0
+    assert "speculation is off" in refused.stderr
+
+
 def test_a_stop_string_from_the_environment_keeps_its_spaces(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,12 +142,23 @@ def test_options_over_a_base() -> None:
         ("max_batch_tokens", None, "whole number"),
         ("prefix_cache", 1, "True or False"),
         ("memory_limit", 1.5, "whole number"),
+        ("speculation", "on", "one of auto, off"),
+        ("speculation", True, "one of auto, off"),
+        ("draft_tokens", 0, "1 to 64"),
+        ("draft_tokens", 65, "1 to 64"),
+        ("draft_model", "", "name a model"),
+        ("draft_model", 3, "name a model"),
     ],
 )
 def test_engine_values_that_cannot_be_meant(option: str, value: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         EngineOptions(**{option: value})
     assert option in caught.value.message
+
+
+def test_a_draft_model_that_would_never_be_asked() -> None:
+    with pytest.raises(ConfigError, match="draft_model is given, but speculation is off"):
+        EngineOptions(draft_model="org/name", speculation="off")
 
 
 @pytest.mark.parametrize(

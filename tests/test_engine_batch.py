@@ -73,7 +73,7 @@ def test_a_kept_plan_is_the_one_that_would_be_made_anew(
         if at == leaves and len(sequences) > 1:
             sequences.pop(0)
         plan = builder.build([Run(each, 1) for each in sequences]).plan
-        assert same(plan, build_plan(sequences, VOCAB))
+        assert same(plan, build_plan([(each, ()) for each in sequences], VOCAB))
         for index, sequence in enumerate(sequences):
             write(sequence, (token + index) % VOCAB)
 

@@ -9,6 +9,7 @@ import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from functools import lru_cache
 from typing import Any
 
@@ -19,16 +20,20 @@ from hypothesis import strategies as st
 
 from bitllm import _native
 from bitllm.backends import get_backend
-from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions, SamplePlan
+from bitllm.backends.base import KV_BLOCK_SIZE, Decoder, LoadOptions, SamplePlan
+from bitllm.engine.draft_model import DraftModel
 from bitllm.engine.engine import Choices, Engine
 from bitllm.engine.request import Request
 from bitllm.engine.sequence import Sequence
+from bitllm.engine.speculation import Drafter, Speculation
+from drafters import EagerNgrams, Guesses
 from fake_decoder import FakeDecoder, draw, fake_spec
 from synthetic import random_checkpoint, tiny_spec
 
 SPEC = fake_spec(vocab_size=64)
 MOST_TOKENS = 160  # of a sequence, prompt and output
 REAL = tiny_spec(max_context=MOST_TOKENS)
+MakeEngine = Callable[..., Engine]
 
 
 class NoText:
@@ -56,11 +61,18 @@ class Schedule:
         blocks: KV blocks; 5 hold the longest sequence.
         rows: most rows of a step.
         prefix_cache: as in `EngineOptions`.
+        drafter: who guesses at coming tokens: a name of `DRAFTERS`.
         checked: which part of the texts is compared with what it should be.
     """
 
     def __init__(
-        self, seed: int, blocks: int, rows: int, prefix_cache: bool, checked: float = 1.0
+        self,
+        seed: int,
+        blocks: int,
+        rows: int,
+        prefix_cache: bool,
+        drafter: str = "none",
+        checked: float = 1.0,
     ) -> None:
         self.checked = checked
         self.random = random.Random(seed)
@@ -71,6 +83,7 @@ class Schedule:
             NoText,
             max_batch_tokens=rows,
             prefix_cache=prefix_cache,
+            speculation=Speculation(DRAFTERS[drafter](self.random), 8, rows),
             clock=self.clock,
         )
         one, two, three = (self._tokens(KV_BLOCK_SIZE) for _ in range(3))
@@ -155,6 +168,38 @@ class Schedule:
             assert stored.tolist() == sequence.token_ids[: sequence.computed]
 
 
+def true_token(sequence: Sequence, tokens: Ordered[int]) -> int:
+    """Return the token that the sequence draws after these."""
+    asked, at = sequence.request, len(tokens) - sequence.prompt_length
+    return next_token(bytes(tokens), asked.temperature, asked.seed, sequence.choice, at)
+
+
+def mostly_right(random: random.Random) -> list[Drafter]:
+    """Guesses of random number, of which four of five are true."""
+
+    def guess(sequence: Sequence, tokens: list[int]) -> int:
+        if random.random() < 0.2:
+            return random.randrange(SPEC.vocab_size)
+        return true_token(sequence, tokens)
+
+    return [Guesses(guess, lambda most: random.randint(0, most))]
+
+
+def another_model(random: random.Random) -> list[Drafter]:
+    """A second model that is the same, in little room and small steps."""
+    decoder = FakeDecoder(blocks=6, max_batch_tokens=16, spec=SPEC)
+    return [DraftModel(decoder, 16, lambda: 0.0)]
+
+
+DRAFTERS: dict[str, Callable[[random.Random], list[Drafter]]] = {
+    "none": lambda random: [],
+    "ngrams": lambda random: [EagerNgrams()],
+    "mostly right": mostly_right,
+    "model": another_model,
+    "ngrams, or model": lambda random: [EagerNgrams(), *another_model(random)],
+}
+
+
 @lru_cache(maxsize=10_000)
 def next_token(tokens: bytes, temperature: float, seed: int, choice: int, at: int) -> int:
     plan = dataclasses.replace(
@@ -171,8 +216,8 @@ def check(sequence: Sequence) -> None:
     """The text of a sequence is what its request says, without an engine."""
     asked = sequence.request
     tokens = list(asked.prompt_ids)
-    for at in range(sequence.generated):
-        tokens.append(next_token(bytes(tokens), asked.temperature, asked.seed, sequence.choice, at))
+    for _ in range(sequence.generated):
+        tokens.append(true_token(sequence, tokens))
     assert sequence.token_ids == tokens
     if sequence.finish_reason == "length":
         assert sequence.generated == asked.max_tokens
@@ -182,8 +227,10 @@ def check(sequence: Sequence) -> None:
     assert not asked.stop_ids.intersection(tokens[len(asked.prompt_ids) : -1])
 
 
-def run_schedule(seed: int, arrivals: int, blocks: int, rows: int, prefix_cache: bool) -> Schedule:
-    schedule = Schedule(seed, blocks, rows, prefix_cache)
+def run_schedule(
+    seed: int, arrivals: int, blocks: int, rows: int, prefix_cache: bool, drafter: str
+) -> Schedule:
+    schedule = Schedule(seed, blocks, rows, prefix_cache, drafter)
     schedule.run(arrivals)
     stats = schedule.engine.stats()
     assert stats.used_blocks == stats.running == stats.waiting == 0
@@ -199,31 +246,32 @@ shapes = {
     "blocks": st.integers(5, 16),
     "rows": st.sampled_from([1, 2, 7, 40, 64]),
     "prefix_cache": st.booleans(),
+    "drafter": st.sampled_from(sorted(DRAFTERS)),
 }
 
 
 @settings(max_examples=100, deadline=None)
 @given(**shapes)
 def test_every_text_is_the_one_it_would_be_alone(
-    seed: int, arrivals: int, blocks: int, rows: int, prefix_cache: bool
+    seed: int, arrivals: int, blocks: int, rows: int, prefix_cache: bool, drafter: str
 ) -> None:
-    run_schedule(seed, arrivals, blocks, rows, prefix_cache)
+    run_schedule(seed, arrivals, blocks, rows, prefix_cache, drafter)
 
 
 @pytest.mark.slow
 @settings(max_examples=2500, deadline=None)
 @given(**shapes)
 def test_thousands_of_schedules(
-    seed: int, arrivals: int, blocks: int, rows: int, prefix_cache: bool
+    seed: int, arrivals: int, blocks: int, rows: int, prefix_cache: bool, drafter: str
 ) -> None:
-    run_schedule(seed, arrivals, blocks, rows, prefix_cache)
+    run_schedule(seed, arrivals, blocks, rows, prefix_cache, drafter)
 
 
 def test_the_schedules_reach_what_they_are_for() -> None:
-    """Preemptions, hits, evictions, copies, timeouts and shared steps all happen in them."""
+    """Preemptions, hits, evictions, copies, timeouts, shared steps and guesses happen in them."""
     reached: Counter[str] = Counter()
-    for seed in range(12):
-        schedule = Schedule(seed, blocks=8, rows=40, prefix_cache=True)
+    for seed, drafter in zip(range(12), itertools.cycle(sorted(DRAFTERS)), strict=False):
+        schedule = Schedule(seed, blocks=8, rows=40, prefix_cache=True, drafter=drafter)
         copy_blocks = schedule.decoder.copy_blocks
 
         def counted(pairs: np.ndarray, copy_blocks=copy_blocks) -> None:
@@ -244,11 +292,17 @@ def test_the_schedules_reach_what_they_are_for() -> None:
         reached["preemptions"] += stats.preemptions
         reached["hits"] += stats.cached_tokens
         reached["timeouts"] += sum(expired)
+        reached[f"right guesses, {drafter}"] += stats.accepted_tokens
+        reached[f"wrong guesses, {drafter}"] += stats.drafted_tokens - stats.accepted_tokens
         reached["evictions"] += stats.prefilled_tokens // KV_BLOCK_SIZE > stats.cached_blocks
         reached["mixed"] += any(
             len(set(np.diff(batch.run_offsets).tolist())) > 1 for batch in schedule.decoder.steps
         )
     for what in ("copies", "preemptions", "hits", "timeouts"):
+        assert reached[what] > 0, what
+    for what in ("right guesses, model", "right guesses, mostly right"):
+        assert reached[what] > 0, what
+    for what in ("wrong guesses, ngrams", "wrong guesses, mostly right"):
         assert reached[what] > 0, what
     assert reached["evictions"] == reached["mixed"] == 12
 
@@ -257,42 +311,61 @@ def test_the_schedules_reach_what_they_are_for() -> None:
 
 
 @pytest.fixture(scope="module", params=["cpu", "reference"])
-def make_real(request: pytest.FixtureRequest) -> Callable[[int, int, bool], Engine]:
+def make_real(request: pytest.FixtureRequest) -> MakeEngine:
     backend = get_backend(request.param)
     checkpoint = random_checkpoint(REAL)
 
-    def make(blocks: int, rows: int, prefix_cache: bool) -> Engine:
+    def load(blocks: int, rows: int) -> Decoder:
         options = LoadOptions(
             kv_tokens=blocks * KV_BLOCK_SIZE,
             max_batch_tokens=rows,
             kv_dtype="bf16",
             threads=1 if request.param == "cpu" else None,
         )
-        decoder = backend.load(checkpoint, options)
-        return Engine(decoder, NoText, max_batch_tokens=rows, prefix_cache=prefix_cache)
+        return backend.load(checkpoint, options)
+
+    def make(blocks: int, rows: int, prefix_cache: bool, guesses: bool = False) -> Engine:
+        speculation = None
+        if guesses:
+            # The same weights, rounded elsewhere: right most of the time.
+            drafters = [EagerNgrams(), DraftModel(load(6, 40), 40, lambda: 0.0)]
+            speculation = Speculation(drafters, 5, rows)
+        return Engine(
+            load(blocks, rows),
+            NoText,
+            max_batch_tokens=rows,
+            prefix_cache=prefix_cache,
+            speculation=speculation,
+            clock=Clock(),
+        )
 
     return make
 
 
-def test_log_probabilities_of_a_model_are_the_same_bits(
-    make_real: Callable[[int, int, bool], Engine],
-) -> None:
-    """All of them at each token, alone without a cache and together with one in little room."""
+def test_log_probabilities_of_a_model_are_the_same_bits(make_real: MakeEngine) -> None:
+    """All of them at each token, alone without a cache and together with one in little room.
+
+    Together also with guesses, by n-grams and by a second model.
+    """
     asked = [
         dataclasses.replace(request, timeout=None, top_logprobs=REAL.vocab_size)
         for request in (Schedule(seed, 8, 8, True).request() for seed in range(40, 64))
     ]
     asked = [dataclasses.replace(each, max_tokens=min(each.max_tokens, 24)) for each in asked]
-    plain, shared = make_real(64, 256, False), make_real(9, 40, True)
+    plain = make_real(64, 256, False)
     alone = [complete(plain, [request])[0] for request in asked]
-    together = complete(shared, asked)
-    again = complete(shared, asked)
-    for one, other, third in zip(alone, together, again, strict=True):
-        assert one == other == third
-    stats = shared.stats()
-    assert stats.preemptions > 0
-    assert stats.cached_tokens > 0
-    assert stats.used_blocks == 0
+    for guesses in (False, True):
+        shared = make_real(9, 40, True, guesses)
+        together = complete(shared, asked)
+        again = complete(shared, asked)
+        for one, other, third in zip(alone, together, again, strict=True):
+            assert one == other == third
+        stats = shared.stats()
+        assert stats.preemptions > 0
+        assert stats.cached_tokens > 0
+        assert stats.used_blocks == 0
+        assert (stats.accepted_tokens > 0) is guesses
+        assert (stats.drafted_tokens > stats.accepted_tokens) is guesses
 
 
 def complete(engine: Engine, requests: list[Request]) -> list[list[Any]]:

@@ -175,6 +175,53 @@ def test_a_small_cache_serves_many_by_turns(model: Path) -> None:
         ]
 
 
+LOOP = "one two three four. one two three four. one two"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 5, "top_p": 0.9}])
+def test_texts_with_guesses_are_those_without(
+    model: Path, device: str, sampling: dict[str, Any]
+) -> None:
+    """Log-probabilities, too; the second model is the same one, so that its guesses are right."""
+    loads: list[Any] = [{"speculation": "off"}, {}, {"draft_model": str(model)}]
+    results = []
+    for options in loads:
+        with load(str(model), device=device, context=256, **options) as llm:
+            texts = [
+                llm.generate(prompt, max_tokens=60, logprobs=3, **sampling)
+                for prompt in (LOOP, "x", LOOP)
+            ]
+            results.append([(each.text, each.token_ids, each.logprobs) for each in texts])
+            stats = llm.stats()
+            usage = [(each.usage.drafted_tokens, each.usage.accepted_tokens) for each in texts]
+            assert sum(drafted for drafted, _ in usage) == stats.drafted_tokens
+            assert sum(accepted for _, accepted in usage) == stats.accepted_tokens
+            assert (llm.plan is not None and llm.plan.draft > 0) is ("draft_model" in options)
+            if options.get("speculation") == "off":
+                assert stats.drafted_tokens == 0
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_draft_model_of_another_vocabulary(model: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other")
+    file = other / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="draft_model other has another vocabulary"):
+        load(str(model), context=256, draft_model=str(other))
+
+
+def test_a_draft_model_counts_as_memory(model: Path) -> None:
+    with load(str(model), context=256) as llm:
+        assert llm.plan is not None
+        alone = llm.plan.total
+    with pytest.raises(InsufficientMemoryError, match="draft model"):
+        load(str(model), context=256, draft_model=str(model), memory_limit=alone + 1000)
+
+
 def test_no_reference_is_the_demo_model_and_says_so(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any, Literal, TypeVar, get_args
 
 from bitllm.errors import ConfigError
@@ -24,6 +25,7 @@ __all__ = [
     "KvDtype",
     "PackingName",
     "SamplingParams",
+    "SpeculationName",
     "as_integer",
     "as_number",
     "parse_size",
@@ -32,6 +34,7 @@ __all__ = [
 KvDtype = Literal["bf16", "fp32", "int8"]
 PackingName = Literal["auto", "2bit", "base3"]
 HeadName = Literal["auto", "full", "screened", "int8-screened", "int8"]
+SpeculationName = Literal["auto", "off"]
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "kv_dtype": get_args(KvDtype),
@@ -43,6 +46,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 _MOST_THREADS = 1024
 _MOST_ROWS = 2**31 - 1  # of a step: they are counted in int32
 _MOST_CHOICES = 128
+_MOST_DRAFT_TOKENS = 64
 # Numbers reach the decoder as float32: these are its largest and its smallest normal number.
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _SMALLEST_FLOAT32 = 2.0**-126
@@ -258,6 +262,12 @@ class EngineOptions:
         max_batch_tokens: most token rows of one step; longer prompts are computed in pieces.
         prefix_cache: keep the keys and values of texts that have ended, while nobody needs the
             room, for later prompts that begin alike. The output is the same, to the bit.
+        speculation: "auto" = compute guesses at coming tokens along with a known one where that
+            saves time, as in texts that repeat themselves or their prompt; "off" = never. The
+            output is the same, to the bit.
+        draft_model: a smaller model of the same vocabulary that guesses, too: a directory, a GGUF
+            file, or "org/name" on the Hugging Face Hub; None = what the text itself suggests.
+        draft_tokens: most guesses at once for a sequence, 1 to 64.
         memory_limit: bytes the model may use in all; None = what the machine has free. `parse_size`
             reads "2.5GB".
     """
@@ -272,6 +282,9 @@ class EngineOptions:
     kv_tokens: int | None = None
     max_batch_tokens: int = 256
     prefix_cache: bool = True
+    speculation: SpeculationName = "auto"
+    draft_model: str | PathLike[str] | None = None
+    draft_tokens: int = 16
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -279,16 +292,29 @@ class EngineOptions:
             raise ConfigError(f"device must be a name such as 'cpu', got {self.device!r}")
         if self.isa is not None and (not isinstance(self.isa, str) or not self.isa):
             raise ConfigError(f"isa must be a name such as 'avx2' or None, got {self.isa!r}")
-        for name, choices in CHOICES.items():
+        for name, choices in {**CHOICES, "speculation": get_args(SpeculationName)}.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
+        self._check_drafts()
         _integer(self, "threads", low=1, high=_MOST_THREADS, optional=True)
         for name in ("context", "kv_tokens", "memory_limit"):
             _integer(self, name, low=1, optional=True)
         _integer(self, "max_batch_tokens", low=1, high=_MOST_ROWS)
         _boolean(self, "prefix_cache")
+
+    def _check_drafts(self) -> None:
+        _integer(self, "draft_tokens", low=1, high=_MOST_DRAFT_TOKENS)
+        if self.draft_model is None:
+            return
+        if not isinstance(self.draft_model, str | PathLike) or not str(self.draft_model):
+            raise ConfigError(f"draft_model must name a model, got {self.draft_model!r}")
+        if self.speculation == "off":
+            raise ConfigError(
+                "draft_model is given, but speculation is off",
+                hint="leave one of them out",
+            )
 
     @classmethod
     def from_options(

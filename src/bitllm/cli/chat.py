@@ -18,6 +18,7 @@ from bitllm.cli.options import (
     model_option,
     option,
     sampling_options,
+    speculation_options,
     verbose_option,
 )
 from bitllm.cli.terminal import note
@@ -35,6 +36,7 @@ __all__ = ["chat"]
 @option("--system", metavar="TEXT", help="System message.")
 @sampling_options
 @engine_options
+@speculation_options
 @option(
     "--history",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -27,6 +27,9 @@ ENGINE_OPTIONS = (
     "max_batch_tokens",
     "prefix_cache",
     "memory_limit",
+    "speculation",
+    "draft_model",
+    "draft_tokens",
 )
 """The options of a command that say how a model is loaded; the others say how it answers."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from click.shell_completion import CompletionItem
 
-from bitllm.config import CHOICES, parse_size
+from bitllm.config import CHOICES, SpeculationName, parse_size
 from bitllm.errors import ConfigError
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "model_reference",
     "option",
     "sampling_options",
+    "speculation_options",
     "together",
     "verbose_option",
 ]
@@ -281,6 +282,26 @@ adapter_option: Decorator[Any] = option(
     "--adapter",
     metavar="PATH",
     help="A low-rank adapter: a directory that PEFT has written.",
+)
+
+speculation_options: Decorator[Any] = together(
+    option(
+        "--speculation",
+        type=click.Choice(get_args(SpeculationName)),
+        help="Whether guesses at coming tokens are computed along. The text is the same. Default:"
+        " auto, where that saves time.",
+    ),
+    option(
+        "--draft-model",
+        metavar="REF",
+        help="A smaller model of the same vocabulary that guesses. Default: only the text itself.",
+    ),
+    option(
+        "--draft-tokens",
+        metavar="N",
+        type=click.IntRange(min=1, max=64),
+        help="Most guesses at once. Default: 16.",
+    ),
 )
 
 sampling_options: Decorator[Any] = together(

@@ -18,6 +18,7 @@ from bitllm.cli.options import (
     model_option,
     option,
     sampling_options,
+    speculation_options,
     verbose_option,
 )
 from bitllm.cli.terminal import emit, emit_json, waiting
@@ -74,6 +75,7 @@ __all__ = ["run"]
     help="With --json: the same for the tokens of the prompt.",
 )
 @engine_options
+@speculation_options
 @json_option
 @option("--stream/--no-stream", default=True, help="Print the text as it is made, or at the end.")
 @option("-q", "--quiet", is_flag=True, help="Print no status line.")

@@ -22,6 +22,9 @@ I32 = npt.NDArray[np.int32]
 
 _NO_IDS = np.zeros(0, np.int32)
 
+Draw = tuple[Sequence, tuple[int, ...]]
+"""A sequence, and the guesses between its last known token and the one to draw."""
+
 
 class BatchBuilder:
     """Turns the scheduled runs of each step into a `Batch`.
@@ -43,16 +46,18 @@ class BatchBuilder:
     def build(self, runs: Ordered[Run]) -> Batch:
         """Return one step's batch.
 
-        Each run asks for its `read_rows`, then for one SAMPLE for each of its `drawers`.
+        Each run asks for its `read_rows`, then for one SAMPLE for each of its `drawers`, or for
+        the last known token and each guess after it.
 
         Args:
             runs: at least one, with blocks for all of their tokens.
         """
         drawers = [run.drawers for run in runs]
-        sampling = list(itertools.chain.from_iterable(drawers))
+        sampling = _draws(runs, drawers)
         reading = [(run.sequence.rows, rows) for run in runs if (rows := run.read_rows)]
         if not reading and all(
-            run.length == len(draw) == 1 for run, draw in zip(runs, drawers, strict=True)
+            run.length == len(draw) == 1 and not run.draft
+            for run, draw in zip(runs, drawers, strict=True)
         ):
             shape = self._shape_of_one(len(runs))
             tokens = [run.sequence.token_ids[run.sequence.computed] for run in runs]
@@ -61,9 +66,8 @@ class BatchBuilder:
             shape = _shape_of(runs, drawers)
             tokens, positions = [], []
             for run in runs:
-                start, end = run.sequence.computed, run.sequence.computed + run.length
-                tokens += run.sequence.token_ids[start:end]
-                positions += range(start, end)
+                tokens += run.token_ids
+                positions += range(run.sequence.computed, run.end)
         return Batch(
             token_ids=np.array(tokens, np.int32),
             positions=np.array(positions, np.int32),
@@ -81,19 +85,18 @@ class BatchBuilder:
             self._of_one = _shape([1] * count, range(count))
         return self._of_one
 
-    def _plan_for(self, sequences: list[Sequence]) -> SamplePlan:
-        kept = self._planned
+    def _plan_for(self, draws: list[Draw]) -> SamplePlan:
+        sequences, kept = [sequence for sequence, _ in draws], self._planned
         if len(kept) != len(sequences) or any(map(is_not, kept, sequences)):
             self._planned = []  # for an interrupt may leave the one without the other
-            self._plan = build_plan(sequences, self._vocab_size)
+            self._plan = build_plan(draws, self._vocab_size)
             self._planned = sequences
             return self._plan
-        positions = np.array([sequence.generated for sequence in sequences], np.int32)
-        changed: dict[str, Any] = {"position": positions}
+        changed: dict[str, Any] = {"position": _places(draws)}
         if len(self._plan.seen_ids):
-            changed |= _seen(sequences)
+            changed |= _seen(draws)
         if len(self._plan.mask):
-            changed |= _masks(sequences, self._vocab_size)
+            changed |= _masks(draws, self._vocab_size)
         self._plan = replace(self._plan, **changed)
         return self._plan
 
@@ -105,6 +108,19 @@ class _Shape:
     run_offsets: I32
     output_rows: I32
     output_kinds: npt.NDArray[np.uint8]
+
+
+def _draws(runs: Ordered[Run], drawers: Ordered[Ordered[Sequence]]) -> list[Draw]:
+    draws: list[Draw] = []
+    for run, draw in zip(runs, drawers, strict=True):
+        draws += [(sequence, ()) for sequence in draw]
+        draws += [(run.sequence, run.draft[: index + 1]) for index in range(len(run.draft))]
+    return draws
+
+
+def _places(draws: Ordered[Draw]) -> I32:
+    """Return the index of each drawn token in its completion."""
+    return np.array([sequence.generated + len(guesses) for sequence, guesses in draws], np.int32)
 
 
 def _shape(lengths: Ordered[int], rows: Ordered[int], kinds: Ordered[int] | None = None) -> _Shape:
@@ -121,14 +137,16 @@ def _shape_of(runs: Ordered[Run], drawers: Ordered[Ordered[Sequence]]) -> _Shape
     kinds: list[int] = []
     end = 0
     for run, draw in zip(runs, drawers, strict=True):
-        start, end = end, end + run.length
+        start, end = end, end + run.length + len(run.draft)
         if run.sequence.rows is not None:
             offset = start - run.sequence.computed
             rows += [position + offset for position in run.read_rows]
             kinds += [run.sequence.rows.readout.kind] * len(run.read_rows)
-        rows += [end - 1] * len(draw)
-        kinds += [OutputKind.SAMPLE] * len(draw)
-    return _shape([run.length for run in runs], rows, kinds)
+        known = end - len(run.draft)
+        rows += [known - 1] * len(draw)
+        rows += range(known, end)
+        kinds += [OutputKind.SAMPLE] * (len(draw) + len(run.draft))
+    return _shape([run.length + len(run.draft) for run in runs], rows, kinds)
 
 
 def _scores(reading: Ordered[tuple[Rows | None, range]]) -> dict[str, I32]:
@@ -146,8 +164,9 @@ def _scores(reading: Ordered[tuple[Rows | None, range]]) -> dict[str, I32]:
     }
 
 
-def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
-    """Return how to draw the next token of each of these sequences."""
+def build_plan(draws: Ordered[Draw], vocab_size: int) -> SamplePlan:
+    """Return how to draw each of these tokens."""
+    sequences = [sequence for sequence, _ in draws]
     requests = [sequence.request for sequence in sequences]
     bias = [request.logit_bias for request in requests]
     return SamplePlan(
@@ -158,7 +177,7 @@ def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
         typical_p=np.array([each.typical_p for each in requests], np.float32),
         seed=np.array([each.seed for each in requests], np.uint64),
         choice=np.array([sequence.choice for sequence in sequences], np.int32),
-        position=np.array([sequence.generated for sequence in sequences], np.int32),
+        position=_places(draws),
         top_logprobs=np.array([each.top_logprobs for each in requests], np.int32),
         repetition_penalty=np.array([each.repetition_penalty for each in requests], np.float32),
         frequency_penalty=np.array([each.frequency_penalty for each in requests], np.float32),
@@ -166,8 +185,8 @@ def build_plan(sequences: Ordered[Sequence], vocab_size: int) -> SamplePlan:
         bias_offsets=_offsets([len(each) for each in bias]),
         bias_ids=np.array([token for each in bias for token in each], np.int32),
         bias_values=np.array([value for each in bias for value in each.values()], np.float32),
-        **_seen(sequences),
-        **_masks(sequences, vocab_size),
+        **_seen(draws),
+        **_masks(draws, vocab_size),
     )
 
 
@@ -177,7 +196,7 @@ def _adapter_slots(runs: Ordered[Run]) -> I32:
 
 
 def _block_tables(runs: Ordered[Run]) -> I32:
-    used = [run.sequence.blocks_for(run.sequence.computed + run.length) for run in runs]
+    used = [run.sequence.blocks_for(run.end) for run in runs]
     if len(runs) == 1:
         return runs[0].sequence.block_table(used[0])[np.newaxis]
     tables = np.full((len(runs), max(used)), -1, np.int32)
@@ -186,14 +205,18 @@ def _block_tables(runs: Ordered[Run]) -> I32:
     return tables
 
 
-def _seen(sequences: Ordered[Sequence]) -> dict[str, npt.NDArray[Any]]:
+def _seen(draws: Ordered[Draw]) -> dict[str, npt.NDArray[Any]]:
     """Return the fields of a plan that say what penalties look at."""
-    seen = [sequence.seen for sequence in sequences if sequence.seen is not None]
-    lengths = [0 if sequence.seen is None else len(sequence.seen) for sequence in sequences]
+    seen = [
+        sequence.seen.after(guesses) if guesses and sequence.seen is not None else sequence.seen
+        for sequence, guesses in draws
+    ]
     return {
-        "seen_offsets": _offsets(lengths),
-        "seen_ids": np.concatenate([_NO_IDS, *(each.ids for each in seen)]),
-        "seen_counts": np.concatenate([_NO_IDS, *(each.counts for each in seen)]),
+        "seen_offsets": _offsets([0 if each is None else len(each) for each in seen]),
+        "seen_ids": np.concatenate([_NO_IDS, *(each.ids for each in seen if each is not None)]),
+        "seen_counts": np.concatenate(
+            [_NO_IDS, *(each.counts for each in seen if each is not None)]
+        ),
     }
 
 
@@ -202,17 +225,17 @@ def _offsets(lengths: Ordered[int]) -> I32:
     return np.array([0, *itertools.accumulate(lengths)], np.int32)
 
 
-def _masks(sequences: Ordered[Sequence], vocab_size: int) -> dict[str, npt.NDArray[Any]]:
-    """Return the fields of a plan with a mask row for each sequence that may not draw all ids.
+def _masks(draws: Ordered[Draw], vocab_size: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the fields of a plan with a mask row for each draw that may not give all ids.
 
     These are sequences of a grammar, and such that may not end yet: one that has no row now will
     need none later.
     """
-    rows = np.full(len(sequences), -1, np.int32)
+    rows = np.full(len(draws), -1, np.int32)
     masks: list[npt.NDArray[np.uint32]] = []
-    for index, sequence in enumerate(sequences):
+    for index, (sequence, guesses) in enumerate(draws):
         request, form = sequence.request, sequence.form
-        early = sequence.generated < request.min_tokens
+        early = sequence.generated + len(guesses) < request.min_tokens
         if form is not None:
             mask = form.mask.copy()
         elif early and request.banned_ids:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -25,9 +26,10 @@ from bitllm.engine.readout import Rows
 from bitllm.engine.request import Request
 from bitllm.engine.scheduler import Run, Scheduler
 from bitllm.engine.sequence import Sequence
+from bitllm.engine.speculation import Speculation
 from bitllm.engine.stats import EngineStats, StepCounts, take_stats
 from bitllm.engine.text import Detokenizer
-from bitllm.errors import ConfigError, ContextOverflowError
+from bitllm.errors import ConfigError, ContextOverflowError, QuantizationError
 
 __all__ = ["Choices", "Engine"]
 
@@ -62,6 +64,7 @@ class Engine:
         max_batch_tokens: most token rows of a step, as the decoder was loaded.
         prefix_cache: keep full KV blocks for prompts that begin alike; see `EngineOptions`.
         adapter_room: bytes that adapters may take together; None = what the machine has.
+        speculation: decides which guesses at coming tokens are computed on trial; None = none.
         clock: returns the time in seconds.
     """
 
@@ -73,6 +76,7 @@ class Engine:
         max_batch_tokens: int,
         prefix_cache: bool = True,
         adapter_room: int | None = None,
+        speculation: Speculation | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._decoder = decoder
@@ -81,6 +85,9 @@ class Engine:
         self._pool = BlockPool(decoder.kv_capacity)
         self._scheduler = Scheduler(self._pool, max_batch_tokens, prefix_cache=prefix_cache)
         self._adapters = AdapterTable(decoder, adapter_room)
+        self._speculation = Speculation((), 0, max_batch_tokens)
+        if speculation is not None:
+            self._speculation = speculation
         self._deadlines: dict[Sequence, float] = {}
         self._next_deadline = math.inf  # none is earlier
         self._counts = StepCounts()
@@ -306,6 +313,7 @@ class Engine:
                 self._scheduler.restart()
                 self._adapters.clear()
                 self._decoder.close()
+                self._speculation.close()
 
     def _check_open(self) -> None:
         if self._refusing:
@@ -329,6 +337,7 @@ class Engine:
         """
         if self._changing:
             self._scheduler.restart()
+            self._speculation.restart()
             self._changing = False
 
     def _settle(self) -> None:
@@ -351,6 +360,7 @@ class Engine:
 
     def _remove(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
+        self._speculation.forget(sequence)
         self._deadlines.pop(sequence, None)
         self._adapters.let_go(sequence)
         self._held.discard(sequence)
@@ -384,7 +394,7 @@ class Engine:
             overdue = self._end_overdue()
             runs = self._scheduler.schedule()
             if runs:
-                self._compute(runs)
+                self._compute(self._speculation.lengthen(runs, self._scheduler))
             elif not overdue:
                 raise RuntimeError("a sequence was waited for that is not in the engine")
             self._changing = False
@@ -398,36 +408,71 @@ class Engine:
         copies = [run.copy for run in runs if run.copy is not None]
         if copies:
             self._decoder.copy_blocks(np.array(copies, np.int32))
-        batch = self._batches.build(runs)
-        self._apply(runs, self._decoder.forward(batch))
+        try:
+            output = self._decoder.forward(self._batches.build(runs))
+        except QuantizationError:
+            if not any(run.draft for run in runs):
+                raise
+            # A wrong guess may be what the model cannot compute: the text might never go there.
+            for run in runs:
+                self._scheduler.shorten(run.sequence)
+            runs = [replace(run, draft=()) for run in runs]
+            output = self._decoder.forward(self._batches.build(runs))
+        done = self._clock()
+        self._speculation.observe(runs, done - now)
+        self._apply(runs, output, done)
 
-    def _apply(self, runs: list[Run], output: StepOutput) -> None:
-        now = self._clock()
+    def _apply(self, runs: list[Run], output: StepOutput, now: float) -> None:
         self._counts.count(runs)
-        sampling = [sequence for run in runs for sequence in run.drawers]
-        self._read_rows(runs, output, len(sampling), now)
+        sampling = [(sequence, run.draft) for run in runs for sequence in run.drawers]
+        self._read_rows(runs, output, len(output.sampled), now)
         for run in runs:
             self._scheduler.advance(run)
         for sequence in [run.sequence for run in runs if run.sequence.finished]:
             for each in [*sequence.followers, sequence]:
                 self._scheduler.remove(each)
-        for sequence in sampling:
+        for sequence, _ in sampling:
             if sequence.followers and sequence.failure is None:
                 self._scheduler.fork(sequence)
-        tokens = output.sampled.tolist()
-        for index, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
+        row = 0
+        for sequence, draft in sampling:
+            rows, row = range(row, row + 1 + len(draft)), row + 1 + len(draft)
             if sequence.failure is not None:  # the scores of its prompt were no numbers
                 continue
-            if token < 0:
-                sequence.fail()
-                self._scheduler.remove(sequence)
-                continue
-            logprob = None
-            if sequence.request.top_logprobs >= 0:
-                logprob = _logprob(output, index, token, sequence.request.top_logprobs)
-            sequence.append(token, logprob, now)
+            accepted = self._append(sequence, draft, output, rows, now)
+            if draft:
+                self._accept(sequence, len(draft), accepted)
             if sequence.finished:
                 self._scheduler.remove(sequence)
+
+    def _append(
+        self, sequence: Sequence, draft: Ordered[int], output: StepOutput, rows: range, now: float
+    ) -> int:
+        """Take a token from the row of the last known one and of each right guess.
+
+        Returns:
+            How many guesses were right, and the text went on after them.
+        """
+        tokens = output.sampled[rows.start : rows.stop].tolist()
+        for count, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if token < 0:
+                sequence.fail()
+                return count
+            logprob = None
+            if sequence.request.top_logprobs >= 0:
+                logprob = _logprob(output, row, token, sequence.request.top_logprobs)
+            sequence.append(token, logprob, now)
+            if sequence.finished or (count < len(draft) and token != draft[count]):
+                return count
+        return len(draft)
+
+    def _accept(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """Note how many guesses were right: the rows of the others are as if never computed."""
+        sequence.drafted_tokens += drafted
+        sequence.accepted_tokens += accepted
+        self._counts.accepted += accepted
+        self._scheduler.advance(Run(sequence, accepted))
+        self._scheduler.shorten(sequence)
 
     def _read_rows(self, runs: list[Run], output: StepOutput, scored: int, now: float) -> None:
         """Hand out what the rows of prompts have brought; `scored` SAMPLE rows are before them."""

@@ -24,6 +24,7 @@ from bitllm.engine.outputs import Chunk, Completion, join_choices
 from bitllm.engine.prompt import Message, Prompt, is_one, token_ids_of
 from bitllm.engine.request import ModelDefaults, Request, describe_defaults, resolve_request
 from bitllm.engine.sequence import Sequence
+from bitllm.engine.speculation import Speculation
 from bitllm.engine.stats import EngineStats
 from bitllm.engine.token_access import TokenAccess
 from bitllm.engine.tools import ToolChoice, constrain_call, read_tools, tool_prompt
@@ -99,6 +100,7 @@ class LLM(TokenAccess):
         plan: the memory budget it was loaded under, if one was made.
         prefix_cache: as in `EngineOptions`.
         device_reason: why it runs where it does, in words; "" = nobody says.
+        speculation: decides which guesses at coming tokens are computed; None = none are.
 
     Attributes:
         name: as given.
@@ -123,6 +125,7 @@ class LLM(TokenAccess):
         plan: MemoryPlan | None = None,
         prefix_cache: bool = True,
         device_reason: str = "",
+        speculation: Speculation | None = None,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
@@ -139,6 +142,7 @@ class LLM(TokenAccess):
             max_batch_tokens=max_batch_tokens,
             prefix_cache=prefix_cache,
             adapter_room=None if plan is None or plan.limit is None else plan.limit - plan.total,
+            speculation=speculation,
         )
 
     @overload

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 from bitllm.backends import choose_device, get_backend
-from bitllm.backends.base import LoadOptions
+from bitllm.backends.base import Backend, LoadOptions
 from bitllm.checkpoint import (
     Checkpoint,
     DenseDtype,
@@ -20,10 +20,19 @@ from bitllm.checkpoint import (
     StridedMatrix,
     TernaryMatrix,
 )
-from bitllm.config import EngineOptions, HeadName, KvDtype, PackingName, SamplingParams
+from bitllm.config import (
+    EngineOptions,
+    HeadName,
+    KvDtype,
+    PackingName,
+    SamplingParams,
+    SpeculationName,
+)
+from bitllm.engine.draft_model import DraftModel
 from bitllm.engine.llm import LLM
 from bitllm.engine.memory_plan import MemoryPlan, plan_memory
 from bitllm.engine.request import ModelDefaults
+from bitllm.engine.speculation import Drafter, NgramDrafter, Speculation
 from bitllm.errors import ConfigError, FormatError
 from bitllm.formats import (
     GenerationDefaults,
@@ -59,6 +68,9 @@ class EngineKeywords(TypedDict, total=False):
     kv_tokens: int | None
     max_batch_tokens: int
     prefix_cache: bool
+    speculation: SpeculationName
+    draft_model: str | PathLike[str] | None
+    draft_tokens: int
     memory_limit: int | None
 
 
@@ -82,7 +94,8 @@ def load(
         **options: fields of `EngineOptions`.
 
     Raises:
-        ConfigError: an option that does not exist, is out of range, or does not fit the model.
+        ConfigError: an option that does not exist, is out of range, or does not fit the model; a
+            `draft_model` of another vocabulary.
         ModelNotFoundError: the reference names nothing that can be reached.
         CheckpointError: the model's files are broken or of a kind that bitllm does not run.
         BackendUnavailableError: the device is not on this machine.
@@ -117,23 +130,19 @@ def load_model(
     files = resolve_model(ref, revision=revision)
     checkpoint = open_checkpoint(files.path)
     plan = plan_memory(checkpoint, settings)
+    tokenizer = open_tokenizer(files.path)
+    draft = None
+    if settings.draft_model is not None:
+        draft = _open_draft(settings, plan, tokenizer, checkpoint.spec.vocab_size)
+        plan = replace(plan, draft=draft.plan.weights + draft.plan.kv + draft.plan.scratch)
     if admit is None:
         plan.check(files.name)
-    tokenizer = open_tokenizer(files.path)
     defaults = model_defaults(read_generation_config(files.path), tokenizer.stop_ids)
     if admit is not None:
         admit(files.name, plan)
     decoder = backend.load(
         checkpoint if progress is None else _counted(checkpoint, progress),
-        LoadOptions(
-            kv_tokens=plan.kv_tokens,
-            kv_dtype=settings.kv_dtype,
-            threads=settings.threads,
-            isa=settings.isa,
-            packing=settings.packing,
-            head=settings.head,
-            max_batch_tokens=settings.max_batch_tokens,
-        ),
+        _load_options(settings, plan.kv_tokens),
     )
     return LLM(
         decoder,
@@ -145,7 +154,64 @@ def load_model(
         plan=plan,
         prefix_cache=settings.prefix_cache,
         device_reason=choice.reason,
+        speculation=_speculation(settings, backend, draft),
     )
+
+
+def _load_options(settings: EngineOptions, kv_tokens: int) -> LoadOptions:
+    return LoadOptions(
+        kv_tokens=kv_tokens,
+        kv_dtype=settings.kv_dtype,
+        threads=settings.threads,
+        isa=settings.isa,
+        packing=settings.packing,
+        head=settings.head,
+        max_batch_tokens=settings.max_batch_tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A draft model that fits, not loaded yet."""
+
+    checkpoint: Checkpoint
+    plan: MemoryPlan
+
+
+def _open_draft(
+    settings: EngineOptions, plan: MemoryPlan, tokenizer: Tokenizer, vocab_size: int
+) -> _Draft:
+    """Open the draft model of a model.
+
+    Raises:
+        ConfigError: it has another vocabulary, or another number of rows for it.
+    """
+    files = resolve_model(settings.draft_model)
+    checkpoint, other = open_checkpoint(files.path), open_tokenizer(files.path)
+    found = checkpoint.spec.vocab_size
+    sample = range(0, vocab_size, max(1, vocab_size // _COMPARED_TOKENS))
+    if found != vocab_size or any(tokenizer.token(i) != other.token(i) for i in sample):
+        raise ConfigError(
+            f"draft_model {files.name} has another vocabulary than the model itself "
+            f"({found} and {vocab_size} tokens)",
+            hint="take a smaller model of the same family, or leave draft_model out",
+        )
+    context = min(plan.context, checkpoint.spec.max_context)
+    own = replace(settings, context=context, kv_tokens=plan.kv_tokens, draft_model=None)
+    return _Draft(checkpoint, plan_memory(checkpoint, own, available=plan.available))
+
+
+def _speculation(
+    settings: EngineOptions, backend: Backend, draft: _Draft | None
+) -> Speculation | None:
+    if settings.speculation == "off":
+        return None
+    drafters: list[Drafter] = [NgramDrafter()]
+    if draft is not None:
+        options = _load_options(settings, draft.plan.kv_tokens)
+        decoder = backend.load(draft.checkpoint, options)
+        drafters.append(DraftModel(decoder, settings.max_batch_tokens))
+    return Speculation(drafters, settings.draft_tokens, settings.max_batch_tokens)
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

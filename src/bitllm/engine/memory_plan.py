@@ -50,6 +50,7 @@ class MemoryPlan:
         context: most tokens of a sequence.
         kv_tokens: positions the KV cache holds over all sequences.
         kv_bytes_per_token: bytes of keys and values of one position.
+        draft: what a second model that guesses tokens takes in all, 0 = there is none.
     """
 
     weights: int
@@ -61,11 +62,12 @@ class MemoryPlan:
     context: int
     kv_tokens: int
     kv_bytes_per_token: int
+    draft: int = 0
 
     @property
     def total(self) -> int:
         """Bytes in all."""
-        return self.weights + self.kv + self.scratch + self.process
+        return self.weights + self.kv + self.scratch + self.process + self.draft
 
     @property
     def allowed(self) -> int | None:
@@ -85,6 +87,7 @@ class MemoryPlan:
             (f"KV cache, {self.kv_tokens} tokens", self.kv),
             ("step scratch", self.scratch),
             ("process and tokenizer", self.process),
+            *([("draft model", self.draft)] if self.draft else []),
             ("total", self.total),
         ]
 

@@ -119,6 +119,8 @@ class Usage:
         prefill_seconds: from the first step of this sequence to its first token.
         decode_seconds: from its first token to its last.
         cached_tokens: of the prompt, those whose keys and values were in the cache already.
+        drafted_tokens: guesses at coming tokens that were computed along with a known one.
+        accepted_tokens: those that were right, and so saved a step each.
     """
 
     prompt_tokens: int
@@ -126,6 +128,8 @@ class Usage:
     prefill_seconds: float
     decode_seconds: float
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prompt_tokens_per_second(self) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from dataclasses import dataclass
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from bitllm.backends.base import KV_BLOCK_SIZE
@@ -24,18 +25,32 @@ _by_rank = attrgetter("rank")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The next `length` tokens of a sequence.
+    """The next `length` tokens of a sequence, and guesses at those after them.
 
     Attributes:
         sequence: whose they are.
         length: how many.
         copy: (source, destination) of a KV block to copy before the step, for the first of them
             goes into a block that others read.
+        draft: tokens that may come after the last known one; only where the run samples. The row
+            of each draws the token after it, which counts if all guesses before it are right.
     """
 
     sequence: Sequence
     length: int
     copy: tuple[int, int] | None = None
+    draft: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """The position after the last row."""
+        return self.sequence.computed + self.length + len(self.draft)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens of all rows."""
+        start = self.sequence.computed
+        return [*self.sequence.token_ids[start : start + self.length], *self.draft]
 
     @property
     def samples(self) -> bool:
@@ -175,6 +190,20 @@ class Scheduler:
         if end // KV_BLOCK_SIZE > start // KV_BLOCK_SIZE and self._prefix_cache:
             for index in range(start // KV_BLOCK_SIZE, end // KV_BLOCK_SIZE):
                 self._pool.keep(sequence.block_ids[index], sequence.block_key(index))
+
+    def lengthen(self, run: Run, draft: Ordered[int]) -> Run:
+        """Return the run with as many guesses as there are blocks for; nobody is preempted."""
+        sequence, end = run.sequence, run.sequence.computed + run.length
+        room = (len(sequence.block_ids) + self._pool.available) * KV_BLOCK_SIZE - end
+        longer = replace(run, draft=tuple(draft[:room]))
+        while len(sequence.block_ids) < sequence.blocks_for(longer.end):
+            sequence.add_block(self._pool.allocate())
+        return longer
+
+    def shorten(self, sequence: Sequence) -> None:
+        """Take the blocks back that only guesses went to, so that they lie idle with nobody."""
+        while len(sequence.block_ids) > sequence.blocks_for(len(sequence.token_ids)):
+            self._pool.release([sequence.drop_last_block()])
 
     def fork(self, leader: Sequence) -> None:
         """Let those who relied on this sequence go on by themselves, from the prompt it has read.

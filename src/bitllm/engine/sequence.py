@@ -10,6 +10,7 @@ import numpy.typing as npt
 from bitllm.backends.base import KV_BLOCK_SIZE, OutputKind
 from bitllm.engine.blocks import block_key, root_key
 from bitllm.engine.grammar import GrammarState
+from bitllm.engine.ngrams import NgramIndex
 from bitllm.engine.outputs import Chunk, Completion, FinishReason, TokenLogprob, ToolCall, Usage
 from bitllm.engine.readout import Rows, longest_run
 from bitllm.engine.request import Request
@@ -51,6 +52,9 @@ class Sequence:
         followers: the sequences that have this one for their leader.
         rank: place in the order of service, given by the scheduler.
         cached_tokens: tokens of the prompt that were found in the cache.
+        drafted_tokens: guesses at its next tokens that were computed.
+        accepted_tokens: those that were right.
+        ngrams: where in this text its last tokens stood before; made when it is first asked for.
     """
 
     def __init__(
@@ -66,6 +70,9 @@ class Sequence:
         self.followers: list[Sequence] = []
         self.rank: tuple[int, int, int] = (0, 0, choice)
         self.cached_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
+        self.ngrams: NgramIndex | None = None
         self.token_ids = list(request.prompt_ids)
         self.computed = 0
         self.block_ids: list[int] = []
@@ -153,6 +160,12 @@ class Sequence:
         blocks, self.block_ids, self.computed = self.block_ids, [], 0
         self._table.fill(-1)
         return blocks
+
+    def drop_last_block(self) -> int:
+        """Give the last block up and return it."""
+        block = self.block_ids.pop()
+        self._table[len(self.block_ids)] = -1
+        return block
 
     def block_table(self, blocks: int) -> npt.NDArray[np.int32]:
         """Return the first entries of the block table, int32 [blocks]."""
@@ -316,4 +329,6 @@ class Sequence:
             prefill_seconds=first - start,
             decode_seconds=last - first,
             cached_tokens=self.cached_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )

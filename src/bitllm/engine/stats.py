@@ -29,6 +29,8 @@ class EngineStats:
         prefilled_tokens: tokens computed that were known: of prompts, and of sequences that had to
             give their blocks back.
         decoded_tokens: tokens computed that the model had drawn in the step before.
+        drafted_tokens: guesses at coming tokens that were computed along with a known one.
+        accepted_tokens: those that were right, and so saved a step each.
         cached_tokens: tokens found in the cache instead of being computed.
         preemptions: how often a sequence had to give its blocks back.
     """
@@ -43,6 +45,8 @@ class EngineStats:
     steps: int
     prefilled_tokens: int
     decoded_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     cached_tokens: int
     preemptions: int
 
@@ -51,6 +55,11 @@ class EngineStats:
         """The part of all known tokens that was found in the cache, 0 to 1."""
         known = self.cached_tokens + self.prefilled_tokens
         return self.cached_tokens / known if known else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """The part of the guesses that was right, 0 to 1."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
 
     @property
     def fragmentation(self) -> float:
@@ -66,11 +75,14 @@ class StepCounts:
     steps: int = 0
     prefilled: int = 0
     decoded: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     def count(self, runs: Sequence[Run]) -> None:
         """Add a step that has been computed, before its runs are noted anywhere else."""
         self.steps += 1
         for run in runs:
+            self.drafted += len(run.draft)
             if run.length == 1 and run.samples and run.sequence.generated > 0:
                 self.decoded += 1
             else:
@@ -102,6 +114,8 @@ def take_stats(pool: BlockPool, scheduler: Scheduler, counts: StepCounts) -> Eng
         steps=counts.steps,
         prefilled_tokens=counts.prefilled,
         decoded_tokens=counts.decoded,
+        drafted_tokens=counts.drafted,
+        accepted_tokens=counts.accepted,
         cached_tokens=scheduler.cached_tokens,
         preemptions=scheduler.preemptions,
     )
