@@ -20,9 +20,9 @@ from bitllm.errors import UnsupportedModelError
 from bitllm.formats import open_checkpoint, read_generation_config
 from bitllm.formats.writers.config import huggingface_config
 from bitllm.tokenizer import load_tokenizer
-from bitllm.train.bitlinear import quantize_weights
 from bitllm.train.export import export_model
 from bitllm.train.model import TernaryDecoder
+from bitllm.train.quantizers import quantize_weights
 from bitllm.train.recipe import ExportSettings
 from tiny_training import prepare_tiny
 from torch_checkpoint import torch_checkpoint

@@ -17,8 +17,8 @@ from bitllm.checkpoint import Checkpoint, DenseTensor, TernaryMatrix
 from bitllm.formats.writers import write_directory
 from bitllm.formats.writers.huggingface import plan_huggingface, stored_names
 from bitllm.formats.writers.texts import ModelTexts
-from bitllm.train.bitlinear import quantize_weights
 from bitllm.train.model import TernaryDecoder
+from bitllm.train.quantizers import quantize_weights
 from bitllm.train.recipe import ExportSettings
 from bitllm.train.tokenizer_training import BEGIN, END, END_OF_TURN, tokenizer_config
 

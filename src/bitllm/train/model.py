@@ -41,16 +41,11 @@ class Projection(BitLinear):
             spec.out_features,
             bias=spec.bias,
             activation_bits=spec.activation_bits,
+            norm_eps=spec.norm_eps,
         )
-        has_norm = spec.norm_eps is not None
-        self.rms_norm = RMSNorm(spec.in_features, spec.norm_eps or 0.0) if has_norm else None
         nn.init.normal_(self.weight, std=_PROJECTION_STD)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the projection of [..., in] as [..., out]."""
-        return super().forward(input if self.rms_norm is None else self.rms_norm(input))
 
 
 def _norm_if(wanted: bool, size: int, eps: float) -> nn.Module:
