@@ -27,6 +27,9 @@ from bitllm.train.quantizers import (
     check_variant,
     quantize_activations,
     quantize_weights,
+    round_weights,
+    stored_scale,
+    weight_scale,
 )
 
 __all__ = ["BitLinear"]
@@ -35,21 +38,28 @@ __all__ = ["BitLinear"]
 def _matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply in `dtype`, which holds levels and codes exactly; float16 would overflow in sums."""
     dtype = torch.float32 if dtype == torch.float16 else dtype
-    return (left.to(dtype) @ right.to(dtype)).float()
+    return left.to(dtype) @ right.to(dtype)
+
+
+def _rescale(product: Tensor, a: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return product / a * scale in `dtype`; overwrites the product."""
+    if a is None:
+        return product.mul_(scale).to(dtype)
+    if product.dtype == torch.float32:  # one operation after the other, as decoders do it
+        return product.div_(a).mul_(scale).to(dtype)
+    return product.mul_(scale / a)  # rounded once
 
 
 def _gradients(
-    ctx: Any, grad: Tensor, inputs: Tensor, a: Tensor | None, levels: Tensor, scale: Tensor
+    ctx: Any, grad: Tensor, inputs: Tensor, levels: Tensor, scale: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x [..., in] and w [out, in] where y = (inputs / a) @ (levels * scale).T."""
+    """Gradients of x [..., in] and w [out, in] where y = inputs @ (levels * scale).T."""
     x_dtype, weight_dtype = ctx.dtypes
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_x = _matmul(grad, levels, x_dtype).mul_(scale).to(x_dtype)
+        grad_x = _rescale(_matmul(grad, levels, x_dtype), None, scale, x_dtype)
     if ctx.needs_input_grad[1]:
-        # The division by a token's scale is done where it is cheap: on the shorter side.
-        rows = grad if a is None else grad.float() / a
-        rows, inputs = rows.reshape(-1, rows.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
         grad_weight = _matmul(rows.t(), inputs, x_dtype).to(weight_dtype)
     return grad_x, grad_weight
 
@@ -61,23 +71,27 @@ class _QuantizedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, weight_bits: Baseline, round_inputs: bool
     ) -> Tensor:
-        levels, scale = quantize_weights(weight, weight_bits)
+        scale = weight_scale(weight, weight_bits)
+        levels = round_weights(weight, scale, weight_bits)
         ctx.weight_bits = weight_bits
         ctx.dtypes = x.dtype, weight.dtype
-        if not round_inputs:
-            ctx.save_for_backward(x, weight)
-            return _matmul(x, levels.t(), x.dtype).mul_(scale).to(x.dtype)
-        # Whole numbers below 2**24 in float32: the sum is exact in any order.
-        q, a = quantize_activations(x)
-        ctx.save_for_backward(q.to(torch.int8), weight, a)
-        return _matmul(q, levels.t(), x.dtype).div_(a).mul_(scale).to(x.dtype)
+        a = None
+        if round_inputs:
+            # Whole numbers below 2**24 in float32: the sum is exact in any order.
+            q, a = quantize_activations(x)
+            ctx.save_for_backward(weight, scale, q.to(torch.int8), a)
+        else:
+            q = x
+            ctx.save_for_backward(weight, scale, x)
+        return _rescale(_matmul(q, levels.t(), x.dtype), a, stored_scale(scale), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        inputs, weight, *scales = ctx.saved_tensors
-        levels, scale = quantize_weights(weight, ctx.weight_bits)
-        a = scales[0] if scales else None
-        return *_gradients(ctx, grad, inputs, a, levels, scale), None, None
+        weight, scale, inputs, *a = ctx.saved_tensors
+        levels = round_weights(weight, scale, ctx.weight_bits)
+        if a:
+            inputs = inputs / a[0]
+        return *_gradients(ctx, grad, inputs, levels, stored_scale(scale)), None, None
 
 
 class _BlendedProduct(torch.autograd.Function):
@@ -96,19 +110,19 @@ class _BlendedProduct(torch.autograd.Function):
         ctx.dtypes = x.dtype, weight.dtype
         ctx.save_for_backward(x, weight, strength)
         inputs, a, levels, scale = _blend(x, weight, strength, weight_bits, round_inputs)
-        product = _matmul(inputs, levels.t(), x.dtype)
-        return product.div_(a).mul_(scale).to(x.dtype)
+        return _rescale(_matmul(inputs, levels.t(), x.dtype), a, scale, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight, strength = ctx.saved_tensors
-        blended = _blend(x, weight, strength, *ctx.variant)
-        return *_gradients(ctx, grad, *blended), None, None, None
+        inputs, a, levels, scale = _blend(x, weight, strength, *ctx.variant)
+        inputs = inputs if a is None else inputs / a
+        return *_gradients(ctx, grad, inputs, levels, scale), None, None, None
 
 
 def _blend(
     x: Tensor, weight: Tensor, strength: Tensor, weight_bits: Baseline, round_inputs: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return inputs, their scale, levels and their scale, with `strength` of the rounding done.
 
     The rounding is blended in units of a level, so that at 1 the values are whole numbers; at 0
@@ -120,7 +134,7 @@ def _blend(
     scale = torch.where(quantized, scale, 1.0)
     levels = torch.lerp(weight.float() / scale, levels, strength)
     if not round_inputs:
-        return x, torch.ones_like(scale), levels, scale
+        return x, None, levels, scale
     q, a = quantize_activations(x)
     a = torch.where(quantized, a, 1.0)
     return torch.lerp(x.float() * a, q, strength), a, levels, scale

@@ -18,7 +18,14 @@ from torch import Tensor
 from bitllm.errors import ConfigError
 from bitllm.ternary import BASELINES, Baseline
 
-__all__ = ["check_variant", "quantize_activations", "quantize_weights"]
+__all__ = [
+    "check_variant",
+    "quantize_activations",
+    "quantize_weights",
+    "round_weights",
+    "stored_scale",
+    "weight_scale",
+]
 
 _SMALLEST_SCALE = 1e-5
 _FOUR_LEVEL_STEP = 0.9957 / 0.797885  # Max's step over the mean size of a standard normal value
@@ -52,12 +59,18 @@ def quantize_weights(weight: Tensor, bits: Baseline = "1.58") -> tuple[Tensor, T
     Returns:
         levels float32 [out, in], and the scale float32 [] that multiplies them.
     """
+    scale = weight_scale(weight, bits)
+    return round_weights(weight, scale, bits), stored_scale(scale)
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """Return a scale as a checkpoint holds it: rounded to bfloat16, as float32 again."""
+    return scale.bfloat16().float()
+
+
+def weight_scale(weight: Tensor, bits: Baseline) -> Tensor:
+    """Return the scale float32 [] by which weights [out, in] are rounded."""
     values = weight.float()
-    scale = _weight_scale(values, bits)
-    return _levels(values, scale, bits), scale.bfloat16().float()
-
-
-def _weight_scale(values: Tensor, bits: Baseline) -> Tensor:
     if bits in ("4", "8"):
         most = (1 << (int(bits) - 1)) - 1
         scale = values.abs().amax() / most
@@ -69,7 +82,9 @@ def _weight_scale(values: Tensor, bits: Baseline) -> Tensor:
     return scale.clamp(min=_SMALLEST_SCALE)
 
 
-def _levels(values: Tensor, scale: Tensor, bits: Baseline) -> Tensor:
+def round_weights(weight: Tensor, scale: Tensor, bits: Baseline) -> Tensor:
+    """Return the level nearest to each weight, float32 [out, in], by a scale of `weight_scale`."""
+    values = weight.float()
     if bits == "1":
         return torch.where(values < 0, -1.0, 1.0)
     if bits == "1.58":
@@ -94,4 +109,5 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = values.abs().amax(dim=-1, keepdim=True).clamp_(min=_SMALLEST_SCALE)
     # A tensor, since torch computes number / tensor as number * (1 / tensor): two roundings.
     a = torch.full_like(largest, 127.0) / largest
-    return (values * a).round_().clamp_(-128, 127), a
+    # Nothing to clamp: |values * a| is at most 127 but for its rounding.
+    return (values * a).round_(), a
