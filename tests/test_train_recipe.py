@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bitllm.errors import ConfigError
-from bitllm.train.recipe import Recipe, TrainingSettings, load_recipe, recipe_from_dict
+from bitllm.train.recipe import Recipe, TrainingSettings
+from bitllm.train.recipe_file import load_recipe, recipe_from_dict
 
 SMALLEST = {"name": "m", "training": {"steps": 100}}
 

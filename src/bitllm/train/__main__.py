@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitllm.errors import BitllmError
 from bitllm.train.pipeline import run_recipe
-from bitllm.train.recipe import load_recipe
+from bitllm.train.recipe_file import load_recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
