@@ -250,7 +250,7 @@ class BitLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return the product with the quantised weights, [..., in] -> [..., out]."""
         if self.rms_norm is not None:
-            input = self.rms_norm(input)
+            input = self.rms_norm(input.to(self.rms_norm.weight.dtype))
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))

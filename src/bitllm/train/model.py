@@ -31,8 +31,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., size]."""
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """Normalise [..., size], in the dtype of the gain."""
+        return functional.rms_norm(
+            x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps
+        )
 
 
 class Projection(BitLinear):
