@@ -1,4 +1,4 @@
-"""Dialogues: what the assistant says is learned, and neighbours in a window do not see each other."""
+"""Dialogues: what the assistant says is learned; neighbours do not see each other."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BitllmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(model)
+    if model is not None:
+        print(model)
     return 0
 
 
