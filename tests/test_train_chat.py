@@ -157,20 +157,21 @@ def test_packed_dialogues_cost_what_they_cost_alone(tokenizer, tmp_path):
     write_llama(tmp_path / "dense")
     model = teacher_model("dense", tmp_path)
     dialogues = some_dialogues(tokenizer, 12)
-    batch = PackedDialogues(dialogues, 96, 3, seed=5).batch(0)
-    ids, documents = torch.from_numpy(batch.ids), torch.from_numpy(batch.documents)
-    trained = torch.from_numpy(batch.trained)
-    targets = ids[:, 1:].masked_fill(~trained[:, 1:], UNTRAINED)
-    together = (
-        token_loss(model(ids[:, :-1], documents[:, :-1]), targets) * (targets != UNTRAINED).sum()
-    )
-    alone = torch.tensor(0.0)
-    for row in range(3):
-        for number in range(int(documents[row].max()) + 1):
-            chosen = documents[row] == number
-            piece, learned = ids[row][chosen][None], trained[row][chosen][None]
-            wanted = piece[:, 1:].masked_fill(~learned[:, 1:], UNTRAINED)
-            alone += token_loss(model(piece[:, :-1]), wanted) * (wanted != UNTRAINED).sum()
+    packed = PackedDialogues(dialogues, 96, 1, seed=5)
+    assert len(packed.windows) < len(dialogues)
+
+    def cost(ids, trained, documents=None):
+        targets = ids[:, 1:].masked_fill(~trained[:, 1:], UNTRAINED)
+        seen = None if documents is None else documents[:, :-1]
+        return token_loss(model(ids[:, :-1], seen), targets) * (targets != UNTRAINED).sum()
+
+    together = alone = torch.tensor(0.0)
+    for number in range(len(packed.windows)):
+        batch = packed.batch(number)
+        parts = batch.ids, batch.trained, batch.documents
+        together = together + cost(*map(torch.from_numpy, parts))
+    for dialogue in dialogues:
+        alone = alone + cost(*(torch.from_numpy(p)[None] for p in (dialogue.ids, dialogue.trained)))
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-3)
 
 
