@@ -16,7 +16,8 @@ from bitllm.tokenizer import load_tokenizer
 from bitllm.train.documents import documents_sha256
 from bitllm.train.loop import train
 from bitllm.train.pipeline import collect_documents, exported_bits_per_byte, prepare_text
-from bitllm.train.recipe import Recipe, load_recipe
+from bitllm.train.recipe import Recipe
+from bitllm.train.recipe_file import load_recipe
 
 DEMO = Path(bitllm.__file__).parent / "demo"
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -110,8 +111,7 @@ def test_its_bits_per_byte_are_those_of_its_card(recipe, tmp_path):
     if same_text:
         tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
         assert tokenizer == json.loads((DEMO / "tokenizer.json").read_text())
-    length = recipe.training.sequence_length
-    _, found = exported_bits_per_byte(DEMO, tmp_path / "shards", length)
+    _, found = exported_bits_per_byte(DEMO, recipe, tmp_path / "shards")
     recorded = card_figure("held-out bits per byte, exported")
     assert found == pytest.approx(recorded, abs=0.002 if same_text else 0.5)
     in_training = card_figure("held-out bits per byte, in training")

@@ -20,9 +20,9 @@ from bitllm.errors import UnsupportedModelError
 from bitllm.formats import open_checkpoint, read_generation_config
 from bitllm.formats.writers.config import huggingface_config
 from bitllm.tokenizer import load_tokenizer
-from bitllm.train.bitlinear import quantize_weights
-from bitllm.train.export import export_model
+from bitllm.train.export import export_model, trained_texts
 from bitllm.train.model import TernaryDecoder
+from bitllm.train.quantizers import quantize_weights
 from bitllm.train.recipe import ExportSettings
 from tiny_training import prepare_tiny
 from torch_checkpoint import torch_checkpoint
@@ -58,8 +58,13 @@ def exported(request, tmp_path_factory):
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
                 parameter.copy_(parameter.bfloat16())
-    export_model(model, folder / "tokenizer.json", folder / "model", ExportSettings())
+    export_model(model, texts_of(folder), folder / "model")
     return model, folder / "model"
+
+
+def texts_of(folder, **settings):
+    path = folder / "tokenizer.json"
+    return trained_texts(path, 64, ExportSettings(**settings))
 
 
 def test_codes_and_scales_come_back_equal(exported):
@@ -127,7 +132,7 @@ def test_an_export_replaces_an_older_one_whole(exported, tmp_path):
     target = tmp_path / "model"
     target.mkdir()
     (target / "stale.txt").write_text("old")
-    export_model(model, folder / "tokenizer.json", target, ExportSettings(temperature=0.0))
+    export_model(model, texts_of(folder, temperature=0.0), target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     assert {path.name for path in target.iterdir()} == {path.name for path in folder.iterdir()}
     assert json.loads((target / "generation_config.json").read_text())["do_sample"] is False

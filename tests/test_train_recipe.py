@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bitllm.errors import ConfigError
-from bitllm.train.recipe import Recipe, TrainingSettings, load_recipe, recipe_from_dict
+from bitllm.train.recipe import QuantizationSettings, Recipe, TrainingSettings
+from bitllm.train.recipe_file import load_recipe, recipe_from_dict
 
 SMALLEST = {"name": "m", "training": {"steps": 100}}
 
@@ -143,3 +144,49 @@ def test_the_spec_is_the_one_asked_for():
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.toml")))
 def test_recipes_of_this_project_are_valid(path):
     assert load_recipe(path).name
+
+
+def test_a_cosine_falls_from_peak_to_end():
+    settings = training(
+        schedule="cosine", warmup_steps=100, learning_rate=3.0, final_learning_rate=1.0
+    )
+    rates = [settings.learning_rate_at(step) for step in (0, 99, 100, 550)]
+    assert rates == pytest.approx([0.03, 3.0, 3.0, 2.0])
+    assert settings.learning_rate_at(999) == pytest.approx(1.0, abs=1e-4)
+    assert settings.weight_decay_at(999) == settings.weight_decay
+
+
+def test_a_constant_rate_stays():
+    settings = training(schedule="constant", warmup_steps=100, learning_rate=3.0)
+    assert [settings.learning_rate_at(step) for step in (49, 100, 999)] == [1.5, 3.0, 3.0]
+
+
+def test_the_strength_of_the_rounding_rises_to_one():
+    linear = QuantizationSettings(warmup_steps=4)
+    assert [linear.strength_at(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    curve = QuantizationSettings(warmup_steps=100, warmup_shape="sigmoid")
+    found = [curve.strength_at(step) for step in range(101)]
+    assert (found[0], found[50], found[100]) == (0.0, pytest.approx(0.5), 1.0)
+    assert found == sorted(found)
+    assert found[10] < 0.1
+    assert QuantizationSettings().strength_at(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"start": {"model": "x"}, "model": {"layers": 2}}, r"\[start\] names a model"),
+        ({"start": {}}, "start.model is missing"),
+        ({"adapter": {"rank": 4}}, r"\[adapter\] needs a ternary model"),
+        ({"start": {"model": "x"}, "adapter": {"rank": 0}}, "adapter.rank must be positive"),
+        ({"start": {"model": "x"}, "adapter": {"targets": []}}, "targets names no projection"),
+        ({"start": {"model": "x"}, "adapter": {"targets": ["head"]}}, "must be one of 'q'"),
+        ({"quantization": {"weight_bits": "3"}}, "quantization.weight_bits must be one of"),
+        ({"quantization": {"warmup_steps": -1}}, "warmup_steps must not be negative"),
+        ({"distillation": {"teacher": "x", "temperature": 0}}, "temperature must be positive"),
+        ({"distillation": {"teacher": "x", "logits_weight": -1}}, "must not be negative"),
+    ],
+)
+def test_tables_that_contradict_themselves_or_others(tables, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe_from_dict(with_values(**tables))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bitllm.train.pipeline import prepare_text
-from bitllm.train.recipe import Recipe, recipe_from_dict
+from bitllm.train.recipe import Recipe
+from bitllm.train.recipe_file import recipe_from_dict
 
 _SENTENCES = (
     "The cat sat on the mat and looked at the dog.",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from bitllm.checkpoint import Checkpoint, DenseTensor, TernaryMatrix
-from bitllm.train.bitlinear import quantize_weights
 from bitllm.train.model import TernaryDecoder
+from bitllm.train.quantizers import quantize_weights
 from synthetic import MemorySource
 
 _LINEARS = {name: f"self_attn.{name}_proj" for name in "qkvo"}

@@ -17,11 +17,12 @@ from torch.nn import functional
 
 from bitllm.backends.base import KV_BLOCK_SIZE, Batch, Decoder, OutputKind
 from bitllm.train.data import TokenShards
-from bitllm.train.model import TernaryDecoder
+from bitllm.train.model import UNTRAINED, TernaryDecoder
 
 __all__ = ["decoder_bits", "held_out_pieces", "torch_bits"]
 
 Ids = npt.NDArray[np.int64]
+Counted = Sequence[npt.NDArray[np.bool_]]
 
 
 def held_out_pieces(shards: TokenShards, context: int) -> list[Ids]:
@@ -36,30 +37,46 @@ def _pieces(shards: TokenShards, context: int) -> Iterator[Ids]:
             yield np.concatenate((begin, document[start : start + context - 1]))
 
 
-def torch_bits(model: TernaryDecoder, pieces: Sequence[Ids]) -> float:
-    """Return the bits that the model needs for all pieces together."""
+def torch_bits(
+    model: TernaryDecoder, pieces: Sequence[Ids], counted: Counted | None = None
+) -> float:
+    """Return the bits that the model needs for all pieces together.
+
+    Args:
+        model: as it is.
+        pieces: token ids.
+        counted: which tokens of each piece count, bool [n]; None = all but the first.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     nats = 0.0
     with torch.inference_mode():
-        for piece in pieces:
-            ids = torch.from_numpy(piece).to(device)[None]
-            logits = model(ids[:, :-1])[0].float()
-            nats += functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        for piece, targets in zip(pieces, _targets(pieces, counted), strict=True):
+            logits = model(torch.from_numpy(piece).to(device)[None, :-1])[0].float()
+            wanted = torch.from_numpy(targets).to(device)
+            loss = functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=UNTRAINED)
+            nats += loss.item()
     model.train(training)
     return nats / math.log(2)
 
 
-def decoder_bits(decoder: Decoder, pieces: Sequence[Ids]) -> float:
+def _targets(pieces: Sequence[Ids], counted: Counted | None) -> Iterator[Ids]:
+    for index, piece in enumerate(pieces):
+        targets = piece[1:]
+        yield targets if counted is None else np.where(counted[index][1:], targets, UNTRAINED)
+
+
+def decoder_bits(decoder: Decoder, pieces: Sequence[Ids], counted: Counted | None = None) -> float:
     """Return the bits that a loaded decoder needs for all pieces together, by SCORE outputs.
 
     The decoder must take steps of as many rows, and hold as many positions, as the longest piece.
+    Arguments as for `torch_bits`.
     """
     nats = 0.0
-    for piece in pieces:
+    for piece, targets in zip(pieces, _targets(pieces, counted), strict=True):
         output = decoder.forward(_score_batch(piece))
-        nats -= float(output.logprobs.astype(np.float64).sum())
+        nats -= float(output.logprobs.astype(np.float64)[targets != UNTRAINED].sum())
     return nats / math.log(2)
 
 

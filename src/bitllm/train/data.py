@@ -13,22 +13,54 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from bitllm.errors import ConfigError, FormatError
 from bitllm.train.documents import Document, is_held_out
-from bitllm.train.tokenizer_training import DocumentEncoder
 
-__all__ = ["SPLITS", "ShuffledWindows", "TokenShards", "write_shards"]
+__all__ = ["SPLITS", "Encoder", "ShuffledWindows", "TokenShards", "TrainingBatch", "write_shards"]
 
 SPLITS = ("train", "held_out")
 _INDEX = "shards.json"
 _SHARD_TOKENS = 1 << 24
 
 Ids = npt.NDArray[np.int64]
+
+
+class Encoder(Protocol):
+    """What turns documents into token ids; each begins with `begin_id`, which is nowhere else."""
+
+    vocab_size: int
+    begin_id: int
+
+    def encode(self, document: Document) -> list[int]:
+        """Return the ids of a document."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """Windows of tokens, each predicting the next one.
+
+    Attributes:
+        ids: int64 [windows, length].
+        documents: numbers of the documents that they belong to, int [windows, length]; tokens see
+            those of their own only. None = a window is one document.
+        trained: which tokens are learned, bool [windows, length]; None = all but the first.
+    """
+
+    ids: Ids
+    documents: npt.NDArray[np.signedinteger[Any]] | None = None
+    trained: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens are learned."""
+        if self.trained is None:
+            return self.ids[:, 1:].size
+        return int(self.trained[:, 1:].sum())
 
 
 class _ShardWriter:
@@ -63,7 +95,7 @@ class _ShardWriter:
 
 def write_shards(
     documents: Iterable[Document],
-    encoder: DocumentEncoder,
+    encoder: Encoder,
     folder: Path,
     *,
     held_out_percent: float,

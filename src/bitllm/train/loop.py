@@ -1,39 +1,49 @@
-"""The training loop: AdamW in two stages, a log, and checkpoints to go on from.
+"""The training loop: steps, a log, evaluations, and checkpoints to go on from.
 
 A run is a function of its recipe: the batch of a step depends on the seed and the step alone, and
-there is no dropout. So a run that was interrupted and resumed ends in the same weights as one
-that was not.
+there is no dropout. So a run that was interrupted, at whatever moment, and resumed ends in the same
+bits as one that was not.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bitllm.errors import ConfigError, FormatError, TrainingError
-from bitllm.train.bits import held_out_pieces, torch_bits
-from bitllm.train.data import ShuffledWindows, TokenShards
-from bitllm.train.model import TernaryDecoder
-from bitllm.train.recipe import Recipe, TrainingSettings
+from bitllm.errors import TrainingError
+from bitllm.formats import open_checkpoint
+from bitllm.train.adapters import adapted_model
+from bitllm.train.anomalies import AnomalyDetector
+from bitllm.train.averaging import WeightAverage
+from bitllm.train.bits import torch_bits
+from bitllm.train.corpus import open_corpus
+from bitllm.train.data import TrainingBatch
+from bitllm.train.distillation import Distillation
+from bitllm.train.in_place import set_strength
+from bitllm.train.interruption import Interruption
+from bitllm.train.model import UNTRAINED, TernaryDecoder, token_loss
+from bitllm.train.optimizers import make_optimizers, set_rates
+from bitllm.train.recipe import Recipe
+from bitllm.train.run_checkpoint import CHECKPOINT_NAME, damaged, read_state, write_state
+from bitllm.train.run_log import LOG_NAME, Progress, TensorBoard, draw_curves, write_csv
+from bitllm.train.start import find_model, initial_model, teacher_model
 
 __all__ = ["CHECKPOINT_NAME", "LOG_NAME", "TrainingResult", "train"]
 
-CHECKPOINT_NAME = "checkpoint.pt"
-LOG_NAME = "log.csv"
-_LOG_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "tokens", "held_out_bpb")
+_MOST_ROLL_BACKS = 3
 
 Report = Callable[[str], None]
+Watch = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +51,7 @@ class TrainingResult:
     """What a run came to.
 
     Attributes:
-        model: the trained model.
+        model: the trained model; of the averaged weights, where the recipe has an average.
         losses: mean training loss of each line of the log, in nats per token.
         held_out_bpb: bits per byte of the held-out text, NaN if there is none.
     """
@@ -64,182 +74,250 @@ def train(
     resume: bool = False,
     stop_after: int | None = None,
     report: Report = report_to_stderr,
+    watch: Watch | None = None,
 ) -> TrainingResult:
     """Train a model by its recipe.
 
     Args:
         recipe: the run.
-        shards: folder of token shards.
+        shards: folder of token shards; not read for dialogues.
         out: folder for the log and the checkpoint.
         resume: go on from the checkpoint in `out`.
         stop_after: stop behind this step, as an interruption would, with a checkpoint written.
         report: gets lines of progress.
+        watch: gets the figures of each line of the log instead of `report`.
 
     Raises:
-        ConfigError: recipe, shards and checkpoint do not belong together, or there is none to
+        ConfigError: recipe, corpus and checkpoint do not belong together, or there is none to
             resume from.
-        FormatError: the checkpoint is damaged.
-        TrainingError: the loss is no number any more.
+        CheckpointError: one of its kinds, for a model that the recipe names, or a checkpoint that
+            is damaged or cannot be written.
+        TrainingError: the loss is no number any more, or jumped.
+        SystemExit: SIGTERM or Ctrl-C came; a checkpoint is written.
     """
     settings = recipe.training
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     out.mkdir(parents=True, exist_ok=True)
-    run = _Run(recipe, shards, out, report)
+    run = _Run(recipe, shards, out, report, watch)
     if resume:
         run.restore()
-    run.advance(min(settings.steps, stop_after or settings.steps))
+        report(f"resumed at step {run.step} from {out / CHECKPOINT_NAME}")
+    with Interruption() as interruption:
+        run.advance(min(settings.steps, stop_after or settings.steps), interruption)
     finished = run.step == settings.steps
     held_out_bpb = run.rows[-1]["held_out_bpb"] if finished else run.held_out_bpb()
+    if run.average is not None:
+        run.average.apply()
     return TrainingResult(run.model, tuple(run.losses()), held_out_bpb)
 
 
 class _Run:
-    """The state of a run: model, optimizer, position and log."""
+    """The state of a run: model, optimizers, position and log."""
 
-    def __init__(self, recipe: Recipe, shards: Path, out: Path, report: Report) -> None:
+    def __init__(
+        self, recipe: Recipe, shards: Path, out: Path, report: Report, watch: Watch | None
+    ) -> None:
         self.recipe, self.settings, self.out, self.report = recipe, recipe.training, out, report
+        self.watch = watch or (lambda progress: report(str(progress)))
         torch.manual_seed(self.settings.seed)
-        self.model = TernaryDecoder(recipe.spec())
-        self.optimizer = _optimizer(self.model, self.settings)
-        self.step = 0
+        self.model = _make_model(recipe)
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.distillation = None
+        if recipe.distillation is not None:
+            teacher = teacher_model(recipe.distillation.teacher, recipe.folder)
+            self.distillation = Distillation(teacher, self.model, recipe.distillation)
+        self.optimizers = make_optimizers(self.model, self.settings)
+        decay = self.settings.ema
+        self.average = WeightAverage(self.model, decay) if decay else None
+        self.detector = AnomalyDetector(self.settings.spike_factor)
+        self.corpus = open_corpus(recipe, shards, self.model.spec.vocab_size)
+        self.board = TensorBoard(out) if self.settings.tensorboard else None
+        self.step = self.skipped = self.roll_backs = 0
         self.rows: list[dict[str, Any]] = []
         self.recent: list[float] = []
-        text = TokenShards.open(shards, "train")
-        if text.vocab_size != recipe.tokenizer.vocab_size:
-            raise ConfigError(
-                f"{shards}: the shards have {text.vocab_size} ids, "
-                f"the recipe says tokenizer.vocab_size = {recipe.tokenizer.vocab_size}"
-            )
-        window = self.settings.sequence_length + 1
-        self.windows = ShuffledWindows(text, window, self.settings.batch_size, self.settings.seed)
-        held_out = TokenShards.open(shards, "held_out")
-        self.pieces = held_out_pieces(held_out, self.settings.sequence_length)
-        self.held_out_bytes = held_out.text_bytes
 
     def losses(self) -> list[float]:
         return [float(row["loss"]) for row in self.rows]
 
     def held_out_bpb(self) -> float:
-        if not self.pieces:
+        held_out = self.corpus.held_out
+        if not held_out.pieces:
             return math.nan
-        return torch_bits(self.model, self.pieces) / self.held_out_bytes
+        with nullcontext() if self.average is None else self.average.in_place():
+            bits = torch_bits(self.model, held_out.pieces, held_out.counted)
+        return bits / held_out.text_bytes
 
-    def advance(self, last: int) -> None:
+    def advance(self, last: int, interruption: Interruption) -> None:
         """Run the steps up to `last`, with log and checkpoints."""
         settings = self.settings
-        started, first = time.monotonic(), self.step
+        if settings.on_anomaly == "roll_back" and self.step == 0:
+            self._save()  # there has to be something to go back to
+        started, tokens = time.monotonic(), 0
         while self.step < last:
-            loss, norm = self._train_step()
-            self.recent.append(loss)
-            self.step += 1
+            loss, norm, wrong = self._gradients()
+            if wrong is not None:
+                self._meet_anomaly(wrong)
+                continue
+            self._update(loss)
+            tokens += self._tokens_in_a_step()
             done = self.step == settings.steps
             if self.step % settings.log_every == 0 or done:
-                self._log(norm, (time.monotonic() - started) / (self.step - first))
-            if self.step % settings.checkpoint_every == 0 or self.step == last:
+                self._log(norm, tokens / max(time.monotonic() - started, 1e-9))
+            interrupted = interruption.signal is not None
+            if self.step % settings.checkpoint_every == 0 or self.step == last or interrupted:
                 self._save()
+            if interrupted and self.step < last:
+                self.report(f"interrupted behind step {self.step}; go on with --resume")
+                raise SystemExit(128 + (interruption.signal or 0))
 
-    def _train_step(self) -> tuple[float, float]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate_at(self.step)
-            if group["decays"]:
-                group["weight_decay"] = self.settings.weight_decay_at(self.step)
-        loss = self.model.loss(torch.from_numpy(self.windows.batch(self.step)))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+    def _tokens_in_a_step(self) -> int:
+        settings = self.settings
+        return settings.batch_size * settings.accumulation * settings.sequence_length
+
+    def _gradients(self) -> tuple[float, float, str | None]:
+        """Compute the gradients of a step; return loss, norm, and what is wrong with them."""
+        settings = self.settings
+        set_rates(self.optimizers, settings, self.step)
+        if self.recipe.quantization.warmup_steps:
+            set_strength(self.model, self.recipe.quantization.strength_at(self.step))
+        first = self.step * settings.accumulation + self.skipped
+        batches = [self.corpus.batches.batch(first + i) for i in range(settings.accumulation)]
+        learned = sum(batch.trained_tokens for batch in batches)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch in batches:
+            if batch.trained_tokens:
+                part = self._loss(batch) * (batch.trained_tokens / learned)
+                part.backward()  # type: ignore[no-untyped-call]
+                total += part.item()
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), settings.gradient_clip).item()
+        return total, norm, self.detector.check(total, norm)
+
+    def _loss(self, batch: TrainingBatch) -> Tensor:
+        ids = torch.from_numpy(batch.ids)
+        targets = ids[:, 1:]
+        if batch.trained is not None:
+            targets = targets.masked_fill(~torch.from_numpy(batch.trained[:, 1:]), UNTRAINED)
+        documents = None
+        if batch.documents is not None:
+            documents = torch.from_numpy(batch.documents[:, :-1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            if self.distillation is not None:
+                return self.distillation.loss(self.model, ids[:, :-1], documents, targets)
+            return token_loss(self.model(ids[:, :-1], documents), targets)
+
+    def _update(self, loss: float) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.average is not None:
+            self.average.update(self.step)
+        self.recent.append(loss)
+        self.step += 1
+
+    def _meet_anomaly(self, wrong: str) -> None:
+        """Stop, or go back to the last checkpoint and on with other text."""
+        step, skipped, count = self.step, self.skipped, self.roll_backs + 1
+        if self.settings.on_anomaly == "stop" or count > _MOST_ROLL_BACKS:
+            often = f", after {count - 1} roll-backs" if count > 1 else ""
             raise TrainingError(
-                f"step {self.step}: the loss is {loss.item()} and the gradient norm {norm.item()}",
+                f"step {step}: {wrong}{often}",
                 hint="lower training.learning_rate or raise training.warmup_steps",
             )
-        self.optimizer.step()
-        return loss.item(), norm.item()
+        self.restore()
+        self.roll_backs = count
+        self.skipped = skipped + (step - self.step + 1) * self.settings.accumulation
+        self.report(f"step {step}: {wrong}; back to step {self.step}, with other text")
 
-    def _log(self, norm: float, seconds_per_step: float) -> None:
+    def _log(self, norm: float, tokens_per_second: float) -> None:
         settings = self.settings
-        tokens = settings.batch_size * settings.sequence_length
         evaluates = self.step % settings.evaluate_every == 0 or self.step == settings.steps
-        row = {
+        row: dict[str, Any] = {
             "step": self.step,
             "loss": sum(self.recent) / len(self.recent),
             "learning_rate": settings.learning_rate_at(self.step - 1),
             "gradient_norm": norm,
-            "tokens": self.step * tokens,
+            "tokens": self.step * self._tokens_in_a_step(),
             "held_out_bpb": self.held_out_bpb() if evaluates else "",
         }
         self.recent = []
         self.rows.append(row)
-        _write_csv(self.out / LOG_NAME, self.rows)
-        left = (settings.steps - self.step) * seconds_per_step / 60
-        held_out = f"  held out {row['held_out_bpb']:.4f} bits/byte" if evaluates else ""
-        self.report(
-            f"step {self.step}/{settings.steps}  loss {row['loss']:.4f}{held_out}  "
-            f"{tokens / seconds_per_step:.0f} tok/s  {left:.1f} min left"
+        write_csv(self.out, self.rows)
+        weights = sum(p.numel() for p in self.model.parameters())
+        left = (settings.steps - self.step) * self._tokens_in_a_step()
+        progress = Progress(
+            step=self.step,
+            steps=settings.steps,
+            loss=row["loss"],
+            learning_rate=row["learning_rate"],
+            gradient_norm=norm,
+            strength=self.recipe.quantization.strength_at(self.step - 1),
+            tokens_per_second=tokens_per_second,
+            flops_per_second=6 * weights * tokens_per_second,
+            seconds_left=left / tokens_per_second,
+            held_out_bpb=row["held_out_bpb"] if evaluates else None,
         )
+        self.watch(progress)
+        if self.board is not None:
+            self.board.add(progress)
+        if settings.picture and evaluates:
+            draw_curves(self.out, self.rows)
 
     def _save(self) -> None:
-        """Write the checkpoint beside the old one, then put it in its place in one move."""
         state = {
             "recipe": _fingerprint(self.recipe),
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "skipped": self.skipped,
+            "roll_backs": self.roll_backs,
+            "model": {name: p.detach() for name, p in self.trained.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": None if self.average is None else self.average.state(),
+            "random": torch.get_rng_state(),
+            "usual": self.detector.state(),
             "rows": self.rows,
             "recent": self.recent,
         }
-        temporary = self.out / f"{CHECKPOINT_NAME}.tmp"
-        torch.save(state, temporary)
-        os.replace(temporary, self.out / CHECKPOINT_NAME)
+        write_state(self.out, state)
 
     def restore(self) -> None:
-        """Continue from the checkpoint in the output folder."""
-        path = self.out / CHECKPOINT_NAME
-        if not path.exists():
-            raise ConfigError(f"{path}: no checkpoint to resume from", hint="run without --resume")
+        """Go on from the checkpoint in the output folder."""
+        state = read_state(self.out, _fingerprint(self.recipe))
         try:
-            state = torch.load(path, weights_only=True)
-            wanted = state["recipe"]
-            if wanted == _fingerprint(self.recipe):
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.step, self.rows, self.recent = state["step"], state["rows"], state["recent"]
-        except Exception as error:  # torch.load raises whatever the bytes provoke
-            raise FormatError(
-                f"{path}: this checkpoint is damaged: {type(error).__name__}",
-                hint="delete it and start again",
-            ) from error
-        if wanted != _fingerprint(self.recipe):
-            raise ConfigError(
-                f"{path}: this checkpoint belongs to another recipe",
-                hint="resume with the recipe it was started with, or start again in another folder",
-            )
-        self.report(f"resumed at step {self.step} from {path}")
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    parameter.copy_(state["model"][name])
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
+            if self.average is not None:
+                self.average.load(state["average"])
+            torch.set_rng_state(state["random"])
+            self.detector.load(state["usual"])
+            self.rows, self.recent = state["rows"], state["recent"]
+            self.step, self.skipped = state["step"], state["skipped"]
+            self.roll_backs = state["roll_backs"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise damaged(self.out, error) from error
 
 
-def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW with decay on matrices and none on norms and biases."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay, "decays": True},
-        {"params": vectors, "weight_decay": 0.0, "decays": False},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+def _make_model(recipe: Recipe) -> TernaryDecoder:
+    if recipe.adapter is None:
+        return initial_model(recipe)
+    assert recipe.start is not None  # recipes with an adapter have one
+    checkpoint = open_checkpoint(find_model(recipe.start.model, recipe.folder))
+    return adapted_model(checkpoint, recipe.adapter)
 
 
 def _fingerprint(recipe: Recipe) -> str:
-    """What a checkpoint depends on: architecture and optimisation, not how often it is logged."""
+    """What a checkpoint depends on: not how often it is logged, nor how many threads compute."""
     training = dataclasses.replace(
-        recipe.training, threads=None, log_every=1, evaluate_every=1, checkpoint_every=1
+        recipe.training,
+        threads=None,
+        log_every=1,
+        evaluate_every=1,
+        checkpoint_every=1,
+        tensorboard=False,
+        picture=False,
     )
-    return repr((recipe.tokenizer, recipe.model, training))
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _LOG_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    parts = (recipe.tokenizer, recipe.model, recipe.start, recipe.quantization)
+    return repr((*parts, recipe.distillation, recipe.adapter, training))

@@ -14,7 +14,10 @@ from bitllm.checkpoint import Activation, LayerSpec, LinearSpec, ModelSpec
 from bitllm.errors import UnsupportedModelError
 from bitllm.train.bitlinear import BitLinear
 
-__all__ = ["TernaryDecoder"]
+__all__ = ["UNTRAINED", "TernaryDecoder", "token_loss"]
+
+UNTRAINED = -100
+"""The target of a token that is not to be learned."""
 
 _PROJECTION_STD = 0.02
 
@@ -28,8 +31,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., size]."""
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """Normalise [..., size], in the dtype of the gain."""
+        return functional.rms_norm(
+            x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps
+        )
 
 
 class Projection(BitLinear):
@@ -41,16 +46,11 @@ class Projection(BitLinear):
             spec.out_features,
             bias=spec.bias,
             activation_bits=spec.activation_bits,
+            norm_eps=spec.norm_eps,
         )
-        has_norm = spec.norm_eps is not None
-        self.rms_norm = RMSNorm(spec.in_features, spec.norm_eps or 0.0) if has_norm else None
         nn.init.normal_(self.weight, std=_PROJECTION_STD)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the projection of [..., in] as [..., out]."""
-        return super().forward(input if self.rms_norm is None else self.rms_norm(input))
 
 
 def _norm_if(wanted: bool, size: int, eps: float) -> nn.Module:
@@ -79,13 +79,21 @@ class Attention(nn.Module):
         self.k_norm = _norm_if(spec.qk_norm, spec.head_dim, spec.norm_eps)
         self.attn_sub_norm = _norm_if(spec.attn_sub_norm, spec.o.in_features, spec.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend within [batch, time, hidden]; cos and sin are [time, rope dim / 2]."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> Tensor:
+        """Attend within [batch, time, hidden].
+
+        Args:
+            x: the input.
+            cos: [time, rope dim / 2].
+            sin: as `cos`.
+            documents: numbers of the documents that tokens belong to, [batch, time]; tokens see
+                those of their own only. None = all are of one.
+        """
         q = self._heads(self.q_proj(x), self.q_norm)
         k = self._heads(self.k_proj(x), self.k_norm)
         v = self._heads(self.v_proj(x), nn.Identity())
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        mask = self._window_mask(x.shape[1], x.device)
+        mask = self._mask(x.shape[1], x.device, documents)
         attended = functional.scaled_dot_product_attention(
             q,
             k,
@@ -104,12 +112,19 @@ class Attention(nn.Module):
         split: Tensor = norm(x.reshape(*x.shape[:-1], -1, self.spec.head_dim))
         return split.transpose(1, 2)
 
-    def _window_mask(self, time: int, device: torch.device) -> Tensor | None:
+    def _mask(self, time: int, device: torch.device, documents: Tensor | None) -> Tensor | None:
+        """Who sees whom, bool [time, time] or [batch, 1, time, time]; None for plain causal."""
         window = self.spec.sliding_window
-        if window is None or window >= time:
+        narrow = window is not None and window < time
+        if not narrow and documents is None:
             return None
         distance = torch.arange(time, device=device)[:, None] - torch.arange(time, device=device)
-        return (distance >= 0) & (distance < window)
+        mask = distance >= 0
+        if window is not None and narrow:
+            mask = mask & (distance < window)
+        if documents is not None:
+            mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+        return mask
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -154,12 +169,12 @@ class DecoderLayer(nn.Module):
         self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map [batch, time, hidden] to [batch, time, hidden]."""
+    def forward(self, h: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Map [batch, time, hidden] to [batch, time, hidden]; `documents` as for `Attention`."""
         positions = torch.arange(h.shape[1], device=h.device, dtype=torch.float32)
         angles = positions[:, None] * self.inverse_frequencies
         cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
-        attended = self.self_attn(self.input_layernorm(h), cos, sin)
+        attended = self.self_attn(self.input_layernorm(h), cos, sin, documents)
         h = h + self.attn_output_norm(attended)
         fed = self.mlp(self.post_attention_layernorm(h))
         out: Tensor = h + self.ffn_output_norm(fed)
@@ -200,15 +215,33 @@ class TernaryDecoder(nn.Module):
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
             nn.init.normal_(self.lm_head.weight, std=_PROJECTION_STD)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Return logits [batch, time, vocab] for token ids int64 [batch, time]."""
+    def forward(self, token_ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Return logits [batch, time, vocab].
+
+        Args:
+            token_ids: int64 [batch, time].
+            documents: numbers of the documents that tokens belong to, [batch, time]; tokens see
+                those of their own only. None = all are of one. Positions go on from document to
+                document: rotary embeddings know distances only.
+        """
         h = self.model.embed_tokens(token_ids) * self.spec.embedding_scale
         for layer in self.model.layers:
-            h = layer(h)
+            h = layer(h, documents)
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return functional.linear(self.model.norm(h), head)
 
     def loss(self, token_ids: Tensor) -> Tensor:
         """Return the mean cross-entropy, in nats, of predicting ids[:, 1:] from ids[:, :-1]."""
-        logits = self(token_ids[:, :-1])
-        return functional.cross_entropy(logits.flatten(0, 1), token_ids[:, 1:].flatten())
+        return token_loss(self(token_ids[:, :-1]), token_ids[:, 1:])
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats.
+
+    Args:
+        logits: [batch, time, vocab].
+        targets: int64 [batch, time]; `UNTRAINED` where nothing is to be learned.
+    """
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=UNTRAINED
+    )
