@@ -40,17 +40,18 @@ def train(recipe: Path, out: Path | None, resume: bool, as_json: bool) -> None:
     bitllm train recipes/demo.toml --resume
     """  # noqa: D301
     _require_torch()
-    from bitllm.train.pipeline import run_recipe
-    from bitllm.train.recipe import load_recipe
+    from bitllm.train.pipeline import run_watched
+    from bitllm.train.recipe_file import load_recipe
 
     settings = load_recipe(recipe)
     folder = out or Path("runs") / settings.name
     with ending_as_ctrl_c_does():
-        model = run_recipe(settings, folder, resume)
+        model = run_watched(settings, folder, resume)
+    written = None if model is None else str(model)
     if as_json:
-        emit_json({"recipe": settings.name, "run": str(folder), "model": str(model)})
-    else:
-        emit(str(model))
+        emit_json({"recipe": settings.name, "run": str(folder), "model": written})
+    elif written is not None:  # weights of a kind that is trained for comparison only
+        emit(written)
 
 
 def _require_torch() -> None:

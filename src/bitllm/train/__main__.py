@@ -7,20 +7,8 @@ import sys
 from pathlib import Path
 
 from bitllm.errors import BitllmError
-from bitllm.train.pipeline import run_recipe
-from bitllm.train.recipe import Recipe
+from bitllm.train.pipeline import run_watched
 from bitllm.train.recipe_file import load_recipe
-
-
-def _run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
-    if not sys.stderr.isatty():
-        return run_recipe(recipe, out, resume)
-    from rich.console import Console
-
-    from bitllm.train.live_view import LiveView
-
-    with LiveView(recipe.name, Console(stderr=True)) as view:
-        return run_recipe(recipe, out, resume, watch=view)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe)
         out = options.out or Path("runs") / recipe.name
-        model = _run(recipe, out, options.resume)
+        model = run_watched(recipe, out, options.resume)
     except BitllmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,13 @@ from bitllm.train.recipe import Recipe, TextSettings
 from bitllm.train.start import find_model
 from bitllm.train.tokenizer_training import DocumentEncoder, train_tokenizer
 
-__all__ = ["collect_documents", "exported_bits_per_byte", "prepare_text", "run_recipe"]
+__all__ = [
+    "collect_documents",
+    "exported_bits_per_byte",
+    "prepare_text",
+    "run_recipe",
+    "run_watched",
+]
 
 
 def run_recipe(
@@ -65,6 +72,18 @@ def run_recipe(
             f"exported ({backend} backend, gap {exported - result.held_out_bpb:+.4f})"
         )
     return model
+
+
+def run_watched(recipe: Recipe, out: Path, resume: bool = False) -> Path | None:
+    """Do everything a recipe says, with a live view where stderr is a terminal; as `run_recipe`."""
+    if not sys.stderr.isatty():
+        return run_recipe(recipe, out, resume)
+    from rich.console import Console
+
+    from bitllm.train.live_view import LiveView
+
+    with LiveView(recipe.name, Console(stderr=True)) as view:
+        return run_recipe(recipe, out, resume, watch=view)
 
 
 def _texts(recipe: Recipe, out: Path) -> ModelTexts:
