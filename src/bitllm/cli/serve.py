@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitllm.cli.model import load_model, split_options
-from bitllm.cli.options import engine_options, option, verbose_option
+from bitllm.cli.options import (
+    Size,
+    engine_options,
+    option,
+    speculation_options,
+    verbose_option,
+)
 from bitllm.cli.terminal import note, paint
 from bitllm.errors import BitllmError, ConfigError
 
@@ -20,21 +26,6 @@ if TYPE_CHECKING:
     from bitllm.server import ServerOptions
 
 __all__ = ["serve"]
-
-
-class _Size(click.ParamType[int]):
-    """A number of bytes, such as 32MB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the bytes."""
-        from bitllm.config import parse_size
-
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ConfigError as error:
-            self.fail(error.message, param, ctx)
 
 
 @click.command()
@@ -87,7 +78,7 @@ class _Size(click.ParamType[int]):
 @option(
     "--max-body",
     metavar="SIZE",
-    type=_Size(),
+    type=Size(),
     default="32MiB",
     show_default=True,
     help="Bytes of a request.",
@@ -111,16 +102,11 @@ class _Size(click.ParamType[int]):
     type=click.Choice(["mean", "last"]),
     help="How hidden states become an embedding. Default: as the model says.",
 )
-@option(
-    "--kv-tokens",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="Tokens of all sequences together that the KV cache holds. Default: one context.",
-)
 @option("--page/--no-page", default=True, help="Serve the chat page at /.")
 @option("--access-log/--no-access-log", default=True, help="Write a line for each request.")
 @option("--log-bodies", is_flag=True, help="Write requests into the log, with their prompts.")
 @engine_options
+@speculation_options
 @verbose_option
 def serve(models: tuple[str, ...], more: tuple[str, ...], **options: Any) -> None:
     """Serve models over HTTP, by OpenAI's protocol.
@@ -167,8 +153,6 @@ def _settings(options: dict[str, Any]) -> tuple[ServerOptions, dict[str, Any]]:
     from bitllm.server import ServerOptions
 
     engine, rest = split_options(options)
-    if "kv_tokens" in rest:
-        engine["kv_tokens"] = rest.pop("kv_tokens")
     rest["api_keys"] = _api_keys(rest.pop("api_key_file", None))
     return ServerOptions(**rest), engine
 
