@@ -15,6 +15,7 @@ from bitllm.errors import ConfigError
 
 __all__ = [
     "Decorator",
+    "Size",
     "adapter_option",
     "chosen",
     "complete_model",
