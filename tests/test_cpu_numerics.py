@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bitllm import _native
-from bitllm.backends.reference import numerics
+from bitllm.backends import numerics
 
 RANDOM = np.random.default_rng(5)
 
