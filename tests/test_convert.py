@@ -398,9 +398,10 @@ def test_without_a_device_the_tensors_are_compared_all_the_same(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BITLLM_DEVICE", "cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = command(sources["bitnet"], tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert "no logits computed: this version of bitllm has no cuda backend" in result.stdout
+    assert "no logits computed: the cuda device needs an NVIDIA GPU" in result.stdout
 
 
 LIMITED = """

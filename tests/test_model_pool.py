@@ -674,7 +674,7 @@ class TestAsync:
                     async with models.lease("c"):
                         pass
             async with models.lease("c") as llm:
-                stream = llm.stream("x", max_tokens=20)
+                stream = llm.stream("x", max_tokens=200)  # more than may wait unread
                 await anext(stream)
             with pytest.raises(InsufficientMemoryError, match="1 request"):  # it is still read
                 async with models.lease("big:20"):
