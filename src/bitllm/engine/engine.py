@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from typing import cast
 
 import numpy as np
@@ -32,6 +33,8 @@ from bitllm.engine.text import Detokenizer
 from bitllm.errors import ConfigError, ContextOverflowError, QuantizationError
 
 __all__ = ["Choices", "Engine"]
+
+_decodes = attrgetter("decodes")
 
 
 class Choices(list[Sequence]):
@@ -283,6 +286,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return the figures of this moment, without waiting for a step that is under way."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._changing:  # else a step of this very thread is under way
+                    self._settle()
+            finally:
+                self._lock.release()
         return take_stats(self._pool, self._scheduler, self._counts)
 
     def hold(self) -> None:
@@ -346,6 +355,10 @@ class Engine:
         A sequence stays in its queue until it is gone.
         """
         self._mend()
+        if self._left or self._aborted:
+            self._remove_unwanted()
+
+    def _remove_unwanted(self) -> None:
         self._changing = True
         while self._left:
             owner = cast("_Owner", self._left[0])
@@ -394,7 +407,7 @@ class Engine:
             overdue = self._end_overdue()
             runs = self._scheduler.schedule()
             if runs:
-                self._compute(self._speculation.lengthen(runs, self._scheduler))
+                self._compute(runs)
             elif not overdue:
                 raise RuntimeError("a sequence was waited for that is not in the engine")
             self._changing = False
@@ -402,25 +415,50 @@ class Engine:
             self._settle()
 
     def _compute(self, runs: list[Run]) -> None:
-        now = self._clock()
-        for run in runs:
-            run.sequence.started(now)
+        decoding = all(map(_decodes, runs))
+        guessing = self._speculation.lengthen(runs, self._scheduler) if decoding else runs
+        plain = decoding and guessing is runs  # as most steps are
+        began = self._clock()
+        for run in () if decoding else runs:
+            run.sequence.started(began)
         copies = [run.copy for run in runs if run.copy is not None]
         if copies:
             self._decoder.copy_blocks(np.array(copies, np.int32))
+        if plain:
+            output = self._decoder.forward(self._batches.build_decoding(runs))
+        else:
+            runs, output = self._forward(guessing)
+        now = self._clock()
+        if decoding:
+            self._speculation.observe(runs, now - began)
+        if plain:
+            self._apply_decoded(runs, output, now)
+        else:
+            self._apply(runs, output, now)
+
+    def _forward(self, runs: list[Run]) -> tuple[list[Run], StepOutput]:
+        """Return what these runs bring; without their guesses if those cannot be computed."""
         try:
-            output = self._decoder.forward(self._batches.build(runs))
+            return runs, self._decoder.forward(self._batches.build(runs))
         except QuantizationError:
             if not any(run.draft for run in runs):
                 raise
-            # A wrong guess may be what the model cannot compute: the text might never go there.
+            # The text might never go where a wrong guess goes.
             for run in runs:
                 self._scheduler.shorten(run.sequence)
             runs = [replace(run, draft=()) for run in runs]
-            output = self._decoder.forward(self._batches.build(runs))
-        done = self._clock()
-        self._speculation.observe(runs, done - now)
-        self._apply(runs, output, done)
+            return runs, self._decoder.forward(self._batches.build(runs))
+
+    def _apply_decoded(self, runs: list[Run], output: StepOutput, now: float) -> None:
+        """Do what `_apply` does, sooner, for runs that decode and have no guesses."""
+        self._counts.steps += 1
+        self._counts.decoded += len(runs)
+        for row, (run, token) in enumerate(zip(runs, output.sampled.tolist(), strict=True)):
+            sequence = run.sequence
+            self._scheduler.advance(run)
+            self._take_token(sequence, token, output, row, now)
+            if sequence.finished:
+                self._scheduler.remove(sequence)
 
     def _apply(self, runs: list[Run], output: StepOutput, now: float) -> None:
         self._counts.count(runs)
@@ -455,16 +493,21 @@ class Engine:
         """
         tokens = output.sampled[rows.start : rows.stop].tolist()
         for count, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            if token < 0:
-                sequence.fail()
-                return count
-            logprob = None
-            if sequence.request.top_logprobs >= 0:
-                logprob = _logprob(output, row, token, sequence.request.top_logprobs)
-            sequence.append(token, logprob, now)
+            self._take_token(sequence, token, output, row, now)
             if sequence.finished or (count < len(draft) and token != draft[count]):
                 return count
         return len(draft)
+
+    def _take_token(
+        self, sequence: Sequence, token: int, output: StepOutput, row: int, now: float
+    ) -> None:
+        if token < 0:
+            sequence.fail()
+            return
+        logprob = None
+        if sequence.request.top_logprobs >= 0:
+            logprob = _logprob(output, row, token, sequence.request.top_logprobs)
+        sequence.append(token, logprob, now)
 
     def _accept(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         """Note how many guesses were right: the rows of the others are as if never computed."""

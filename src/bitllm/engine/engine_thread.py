@@ -163,10 +163,13 @@ class EngineThread:
             self._engine.close()
 
     def _has_work(self) -> bool:
-        return any(not feed.paused for feed in self._feeds.values())
+        for feed in self._feeds.values():  # noqa: SIM110 - in each step, mostly ended by the first
+            if not feed.paused:
+                return True
+        return False
 
     def _read_inbox(self) -> None:
-        while True:
+        while not self._inbox.empty():  # cheaper than an exception in every step
             try:
                 act = self._inbox.get_nowait()
             except Empty:

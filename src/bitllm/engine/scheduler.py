@@ -23,7 +23,7 @@ LOOK_AHEAD = 32
 _by_rank = attrgetter("rank")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each token
 class Run:
     """The next `length` tokens of a sequence, and guesses at those after them.
 
@@ -56,6 +56,19 @@ class Run:
     def samples(self) -> bool:
         """Whether this run ends with the last known token, so that the next is drawn."""
         return self.sequence.draws and self.length == self.sequence.pending
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is the drawn token of a sequence that writes on, for itself alone."""
+        sequence = self.sequence
+        known = len(sequence.token_ids)
+        return (
+            self.length == 1
+            and known - sequence.computed == 1
+            and known > len(sequence.request.prompt_ids)
+            and not sequence.followers
+            and (sequence.rows is None or sequence.rows.complete)
+        )
 
     @property
     def read_rows(self) -> range:
@@ -173,7 +186,9 @@ class Scheduler:
         lengths = self._divide_rows()
         runs = []
         for sequence in self._running:  # grows shorter from its end when blocks run out
-            length = sequence.next_length(lengths.get(sequence, 0))
+            length = lengths.get(sequence, 0)
+            if length > 1:
+                length = sequence.next_length(length)
             if not length:
                 continue
             if self._may_write(sequence, length):
@@ -187,7 +202,7 @@ class Scheduler:
         sequence = run.sequence
         start = sequence.computed
         sequence.computed = end = start + run.length
-        if end // KV_BLOCK_SIZE > start // KV_BLOCK_SIZE and self._prefix_cache:
+        if self._prefix_cache and end // KV_BLOCK_SIZE > start // KV_BLOCK_SIZE:
             for index in range(start // KV_BLOCK_SIZE, end // KV_BLOCK_SIZE):
                 self._pool.keep(sequence.block_ids[index], sequence.block_key(index))
 
@@ -220,7 +235,7 @@ class Scheduler:
 
     def _divide_rows(self) -> dict[Sequence, int]:
         """Let waiting sequences in, and return how many tokens each of those that run may do."""
-        writing = [each for each in self._running if each.pending == 1]
+        writing = [each for each in self._running if len(each.token_ids) - each.computed == 1]
         del writing[self._max_batch_tokens :]
         lengths = dict.fromkeys(writing, 1)
         left = self._max_batch_tokens - len(writing)

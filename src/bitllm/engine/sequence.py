@@ -41,6 +41,7 @@ class Sequence:
         token_ids: prompt and output.
         computed: leading tokens whose keys and values are in the cache.
         block_ids: KV blocks held, in order of position.
+        table_version: another number after each change of them.
         finish_reason: None while it runs.
         failure: why no further token can be drawn, None if nothing went wrong.
         choice: which completion of the request this is; each has draws of its own.
@@ -76,6 +77,7 @@ class Sequence:
         self.token_ids = list(request.prompt_ids)
         self.computed = 0
         self.block_ids: list[int] = []
+        self.table_version = 0
         self.finish_reason: FinishReason | None = None
         self.failure: BitllmError | None = None
         self.rows = rows
@@ -141,11 +143,13 @@ class Sequence:
         """Take a KV block for the next positions."""
         self._table[len(self.block_ids)] = block
         self.block_ids.append(block)
+        self.table_version += 1
 
     def replace_block(self, index: int, block: int) -> None:
         """Take another KV block in the place of one that is held."""
         self._table[index] = block
         self.block_ids[index] = block
+        self.table_version += 1
 
     def block_key(self, index: int) -> bytes:
         """Return the key of a full block, which stands for all tokens up to its end."""
@@ -159,12 +163,14 @@ class Sequence:
         """Forget everything computed and return the blocks that held it."""
         blocks, self.block_ids, self.computed = self.block_ids, [], 0
         self._table.fill(-1)
+        self.table_version += 1
         return blocks
 
     def drop_last_block(self) -> int:
         """Give the last block up and return it."""
         block = self.block_ids.pop()
         self._table[len(self.block_ids)] = -1
+        self.table_version += 1
         return block
 
     def block_table(self, blocks: int) -> npt.NDArray[np.int32]:
@@ -188,11 +194,12 @@ class Sequence:
         """Add a drawn token and find out whether it is the last."""
         if logprob is not None:
             self._logprobs.append(logprob)
+        generated = self.generated
         self._times[2] = now
-        if self.generated == 0:
+        if generated == 0:
             self._times[1] = now
         self.token_ids.append(token_id)  # from here on it is drawn: what follows can be done again
-        self._read_token(token_id, self.generated)
+        self._read_token(token_id, generated + 1)
         self._settled = len(self.token_ids)
 
     def restore(self) -> None:

@@ -185,10 +185,10 @@ class Speculation:
         self.costs = StepCosts()
 
     def lengthen(self, runs: list[Run], scheduler: Scheduler) -> list[Run]:
-        """Return the runs of a step with guesses where they pay."""
+        """Return the runs of a step, all of which decode, with guesses where they pay."""
         rows = len(runs)
         room = min(MOST_GUESSES, self._most * rows, self._max_batch_tokens - rows)
-        if rows > MOST_SEQUENCES or room < 1 or not all(map(_decodes, runs)):
+        if rows > MOST_SEQUENCES or room < 1:
             return runs
         if not self.costs.knows(rows):
             return runs  # it is found out now
@@ -207,8 +207,8 @@ class Speculation:
         return runs if chosen is None else _with_guesses(runs, chosen.draft(counts), scheduler)
 
     def observe(self, runs: Ordered[Run], seconds: float) -> None:
-        """Take in how long a step took."""
-        if len(runs) <= MOST_SEQUENCES and all(map(_decodes, runs)):
+        """Take in how long a step took, all runs of which decode."""
+        if self._most and len(runs) <= MOST_SEQUENCES:
             self.costs.add(len(runs) + sum(len(run.draft) for run in runs), seconds)
 
     def forget(self, sequence: Sequence) -> None:
@@ -231,13 +231,6 @@ class Speculation:
         if sequence.form is not None:
             return 0  # the mask of a row follows from the token before it
         return min(self._most, sequence.request.max_tokens - sequence.generated - 1)
-
-
-def _decodes(run: Run) -> bool:
-    """Whether a run is the last token of a sequence that writes for itself alone."""
-    sequence = run.sequence
-    unread = sequence.rows is not None and not sequence.rows.complete
-    return run.length == 1 and run.samples and not sequence.followers and not unread
 
 
 def _divide(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     )  # how SentencePiece writes spaces
 
 
+@lru_cache(maxsize=4096)  # most of a text is made of few tokens
 def _token_bytes(token: str) -> bytes:
     """The bytes of a byte-level token; one with other characters (an added token) is text."""
     table = _byte_of_character()

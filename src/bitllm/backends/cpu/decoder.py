@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ _ALIGNMENT = 64  # of each matrix of an adapter, in bytes
 
 # In the order of the native call's arguments.
 _PLAN_FIELDS = tuple(field.name for field in fields(SamplePlan))
-_OUTPUT_FIELDS = tuple(field.name for field in fields(StepOutput))
+_plan_values = attrgetter(*_PLAN_FIELDS)
+_output_values = attrgetter(*(field.name for field in fields(StepOutput)))
 
 
 class CpuDecoder:
@@ -97,8 +98,8 @@ class CpuDecoder:
                 batch.output_kinds,
                 batch.score_targets,
                 batch.score_top_n,
-                *_values(batch.plan, _PLAN_FIELDS),
-                *_values(output, _OUTPUT_FIELDS),
+                *_plan_values(batch.plan),
+                *_output_values(output),
             )
         except (TypeError, ValueError) as error:
             # The native code checks as much as these two, faster, but says less about it.
@@ -229,23 +230,27 @@ def _bytes(matrix: DenseTensor) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(matrix.data).view(np.uint8)
 
 
-def _values(record: SamplePlan | StepOutput, names: tuple[str, ...]) -> Iterator[Any]:
-    return (getattr(record, name) for name in names)
-
-
 def _empty_output(batch: Batch, spec: ModelSpec) -> StepOutput:
-    counts = np.bincount(batch.output_kinds, minlength=OutputKind.COUNT).tolist()
-    samples = counts[OutputKind.SAMPLE]
-    scored = samples + counts[OutputKind.SCORE]
-    width = int(max(batch.plan.top_logprobs.max(initial=0), batch.score_top_n.max(initial=0)))
+    # Counted as bytes and lists: there are few, and NumPy would take longer to begin.
+    kinds = batch.output_kinds.tobytes()
+    samples = kinds.count(OutputKind.SAMPLE)
+    scored = samples + kinds.count(OutputKind.SCORE)
+    width = max([0, *batch.plan.top_logprobs.tolist(), *batch.score_top_n.tolist()])
     return StepOutput(
-        hidden=np.empty((counts[OutputKind.HIDDEN], spec.hidden_size), np.float32),
-        logits=np.empty((counts[OutputKind.LOGITS], spec.vocab_size), np.float32),
+        hidden=np.empty((kinds.count(OutputKind.HIDDEN), spec.hidden_size), np.float32),
+        logits=np.empty((kinds.count(OutputKind.LOGITS), spec.vocab_size), np.float32),
         sampled=np.empty(samples, np.int32),
-        logprobs=np.full(scored, np.nan, np.float32),
-        top_ids=np.full((scored, width), -1, np.int32),
-        top_logprobs=np.full((scored, width), np.nan, np.float32),
+        logprobs=_filled(scored, np.nan, np.float32),
+        top_ids=_filled((scored, width), -1, np.int32),
+        top_logprobs=_filled((scored, width), np.nan, np.float32),
     )
+
+
+def _filled(shape: int | tuple[int, int], value: float, dtype: type) -> npt.NDArray[Any]:
+    """Return what `np.full` does, in a third of its time."""
+    array: npt.NDArray[Any] = np.empty(shape, dtype)
+    array.fill(value)
+    return array
 
 
 def _check_arrays(batch: Batch) -> None:
