@@ -28,6 +28,7 @@ from bitllm.formats import resolve_model
 from bitllm.formats.hub import download
 from bitllm.formats.hub import resolve as module
 from bitllm.formats.hub.download import check_file
+from bitllm.formats.hub.failures import reason
 from bitllm.formats.hub.known_models import KNOWN_MODELS
 from bitllm.formats.hub.references import HubReference, parse_reference
 from fake_hub import FakeHub, git_sha1, serve, use
@@ -286,6 +287,13 @@ class TestHub:
         else:
             assert "which is no file name" in refusal(f"org/{repo}", FormatError)
         assert not [file for _, file in hub.downloads if not file.endswith(".json")]
+
+    def test_reasons_hold_no_addresses(self) -> None:
+        said = "404 Client Error: Not Found for url: https://host/org/x/resolve/main/y.json"
+        assert reason(ValueError(said)) == "404 Client Error: Not Found"
+        quoted = "Server error '503 Busy' for url 'http://127.0.0.1:1/a'\nmore"
+        assert reason(ValueError(quoted)) == "Server error '503 Busy'"
+        assert reason(ValueError("https://host/a")) == "ValueError"
 
     def test_an_index_that_names_what_is_not_there(self, hub: FakeHub) -> None:
         message = refusal("org/gone")

@@ -180,6 +180,15 @@ def test_perplexity_of_a_text_that_fits_is_that_of_its_tokens(llm: LLM) -> None:
     assert llm.perplexity("hello") == llm.perplexity(llm.encode("hello"))
 
 
+def test_a_first_token_that_is_not_scored_does_not_count_as_bytes() -> None:
+    llm = fake_llm()
+    llm.tokenizer._before = []  # no start token
+    assert llm.encode("ab") == list(b"ab")
+    score = llm.score_text("hellö")
+    assert (score.tokens, score.text_bytes) == (5, 5)
+    assert llm.score_text(list(b"hello")).bits_per_byte is None
+
+
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(2, 150), window=st.integers(2, 60), data=st.data())
 def test_windows_score_each_token_once_with_the_promised_context(
