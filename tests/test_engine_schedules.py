@@ -83,7 +83,7 @@ class Schedule:
             NoText,
             max_batch_tokens=rows,
             prefix_cache=prefix_cache,
-            speculation=Speculation(DRAFTERS[drafter](self.random), 8, rows),
+            speculation=Speculation(DRAFTERS[drafter](self.random), 8, rows, shortest=0.0),
             clock=self.clock,
         )
         one, two, three = (self._tokens(KV_BLOCK_SIZE) for _ in range(3))
@@ -329,7 +329,7 @@ def make_real(request: pytest.FixtureRequest) -> MakeEngine:
         if guesses:
             # The same weights, rounded elsewhere: right most of the time.
             drafters = [EagerNgrams(), DraftModel(load(6, 40), 40, lambda: 0.0)]
-            speculation = Speculation(drafters, 5, rows)
+            speculation = Speculation(drafters, 5, rows, shortest=0.0)
         return Engine(
             load(blocks, rows),
             NoText,

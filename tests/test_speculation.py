@@ -43,7 +43,7 @@ def make_engine(
 ) -> tuple[Engine, FakeDecoder]:
     decoder = decoder or FakeDecoder()
     rows = decoder.max_batch_tokens
-    speculation = Speculation(drafters, most, rows)
+    speculation = Speculation(drafters, most, rows, shortest=0.0)
     options.setdefault("clock", lambda: 0.0)
     return Engine(
         decoder, Bytes, max_batch_tokens=rows, speculation=speculation, **options
@@ -384,6 +384,24 @@ def test_it_begins_again_when_a_text_begins_to_repeat_itself() -> None:
     engine.finish(sequence)
     assert sequence.accepted_tokens - before > 50
     engine.abort(sequence)
+
+
+@pytest.mark.parametrize(("seconds", "guesses"), [(1e-4, False), (1e-3, True)])
+def test_nothing_is_guessed_where_a_step_takes_less_than_looking(
+    seconds: float, guesses: bool
+) -> None:
+    wanted = request("ababababab")
+    decoder = FakeDecoder()
+    speculation = Speculation([truth(wanted)], 6, decoder.max_batch_tokens)
+    engine = Engine(
+        decoder,
+        Bytes,
+        max_batch_tokens=decoder.max_batch_tokens,
+        speculation=speculation,
+        clock=Watch(decoder, lambda rows: seconds),
+    )
+    complete(engine, wanted)
+    assert (engine.stats().drafted_tokens > 0) == guesses
 
 
 def test_costs_between_and_beyond_what_is_known() -> None:

@@ -27,6 +27,9 @@ MOST_SEQUENCES = 16
 MOST_GUESSES = 64
 """Of a step."""
 
+SHORTEST_STEP = 200e-6
+"""Seconds of a step below which looking for guesses costs more than they bring."""
+
 LEAST_CHANCE = 0.1
 """Guesses less likely than this cannot pay: a row costs more than that part of a step."""
 
@@ -134,6 +137,10 @@ class StepCosts:
         """Whether there is a figure for just this many rows that is not old."""
         return rows in self._known and self._steps - self._known[rows][1] < self.STALE
 
+    def seconds(self, rows: int) -> float:
+        """Return the seconds of a step of just this many rows, which must be known."""
+        return self._known[rows][0]
+
     def curve(self, first: int, last: int) -> list[float]:
         """Return the seconds of steps of `first` to `last` rows, or to more.
 
@@ -176,9 +183,18 @@ class Speculation:
         drafters: who guesses; in each step the one whose guesses promise most.
         most: guesses at once for a sequence.
         max_batch_tokens: most rows of a step.
+        shortest: seconds of a step below which nothing is guessed.
     """
 
-    def __init__(self, drafters: Ordered[Drafter], most: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        drafters: Ordered[Drafter],
+        most: int,
+        max_batch_tokens: int,
+        *,
+        shortest: float = SHORTEST_STEP,
+    ) -> None:
+        self._shortest = shortest
         self._drafters = drafters
         self._most = most
         self._max_batch_tokens = max_batch_tokens
@@ -192,6 +208,8 @@ class Speculation:
             return runs
         if not self.costs.knows(rows):
             return runs  # it is found out now
+        if self.costs.seconds(rows) < self._shortest:
+            return runs
         counts: dict[Sequence, int] = {}
         curve: list[float] = []
         best, chosen = 0.0, None
