@@ -17,12 +17,11 @@ import asyncio
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,6 @@ from typing import Any
 
 import numpy as np
 
-_EVENT = b"\n\n"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _LARGE = 100 * 2**20
 
@@ -156,57 +154,49 @@ async def load(server: Served, streams: int, tokens: int, offset: int) -> list[S
 
 
 async def misbehave(server: Served, until: asyncio.Event) -> dict[str, int]:
-    """Hang up, stall, send garbage and send 100 MB, again and again; count what was done."""
+    """Hang up, stall, send garbage and send 100 MB, all at once; count what was done."""
     counts = dict.fromkeys(("hung up", "stalled", "garbage", "100 MB"), 0)
-    stalled: list[socket.socket] = []
+    large = head_of(_LARGE, close=False)
 
-    async def hang_up(body: bytes) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(head_of(len(body), close=False) + body)
-        await reader.read(10)
-        writer.transport.abort()
+    async def hang_up(number: int) -> None:
+        body = body_of(10**6 + number, 200)
+        await send([head_of(len(body), close=False) + body], server, read=10, seconds=1)
 
-    async def send(data: bytes) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        # What looks like half a head is waited for by the server, longer than here.
-        with suppress(ConnectionError, TimeoutError):
-            async with asyncio.timeout(1):
-                writer.write(data)
-                await writer.drain()
-                await reader.read(64)
-        writer.transport.abort()
+    async def stall(number: int) -> None:  # half a head, or an answer that nobody reads
+        body = body_of(2 * 10**6 + number, 400)
+        whole = head_of(len(body), close=False) + body
+        await send([whole if number % 2 else whole[:20]], server, read=0, seconds=3)
 
-    async def send_all(length: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        with suppress(ConnectionError, TimeoutError):
-            async with asyncio.timeout(5):
-                writer.write(head_of(length, close=False))
-                for _ in range(length // 2**20):
-                    writer.write(b" " * 2**20)
-                    await writer.drain()
-                await reader.read(64)
-        writer.transport.abort()
+    async def garbage(number: int) -> None:
+        await send([os.urandom(4000) + b"\r\n\r\n"], server, read=64, seconds=1)
 
-    while not until.is_set():
-        number = sum(counts.values())
-        await hang_up(body_of(10**6 + number, 200))
-        counts["hung up"] += 1
-        if len(stalled) < 32:  # half a head, and an answer that nobody reads
-            for data in (b"POST /v1/comp", head_of(len(body := body_of(number, 400)), close=False)):
-                stalled.append(socket.create_connection(("127.0.0.1", server.port)))
-                stalled[-1].sendall(data + (body if data.endswith(b"\r\n\r\n") else b""))
-                counts["stalled"] += 1
-        await send(os.urandom(4000))
-        counts["garbage"] += 1
-        if counts["100 MB"] < 3:
-            await send(head_of(_LARGE, close=False))  # announced, and never sent
-            await send(head_of(_LARGE, close=False) + b" " * 2**20)
-            await send_all(_LARGE)
-            counts["100 MB"] += 1
-        await asyncio.sleep(0.02)
-    for each in stalled:
-        each.close()
+    async def too_large(number: int) -> None:  # announced only, or sent
+        pieces = [large] + [b" " * 2**20] * (_LARGE // 2**20 if number % 2 else 0)
+        await send(pieces, server, read=64, seconds=3)
+
+    async def again(what: str, misdeed: Callable[[int], Awaitable[None]], pause: float) -> None:
+        while not until.is_set():
+            await misdeed(counts[what])
+            counts[what] += 1
+            await asyncio.sleep(pause)
+
+    await asyncio.gather(
+        again("hung up", hang_up, 0.02), again("garbage", garbage, 0.02),
+        again("100 MB", too_large, 0.5), *(again("stalled", stall, 0) for _ in range(16)),
+    )  # fmt: skip
     return counts
+
+
+async def send(pieces: list[bytes], server: Served, *, read: int, seconds: float) -> None:
+    """Send something, read or wait for so long at most, and break the connection off."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    with suppress(ConnectionError, TimeoutError):
+        async with asyncio.timeout(seconds):
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+            await (reader.read(read) if read else asyncio.sleep(seconds))
+    writer.transport.abort()
 
 
 def figures(streams: list[Stream], seconds: float) -> dict[str, Any]:
