@@ -24,6 +24,7 @@ import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ async def load(server: Served, streams: int, tokens: int, offset: int) -> list[S
     opened = []
     for number in range(offset, offset + streams):
         _, stream = await loop.create_connection(
-            lambda number=number: Stream(body_of(number, tokens)), "127.0.0.1", server.port
+            partial(Stream, body_of(number, tokens)), "127.0.0.1", server.port
         )
         opened.append(stream)
     await asyncio.gather(*(stream.done for stream in opened))
