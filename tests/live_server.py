@@ -8,15 +8,15 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import bitllm
-from bitllm import LLM, AsyncLLM
+from bitllm import LLM, AsyncLLM, AsyncModelPool
 from bitllm.engine.request import ModelDefaults
-from bitllm.server import ServedModels, ServerOptions
+from bitllm.server import AdapterFiles, ServedModels, ServerOptions
 from bitllm.server.app import build_service
 from bitllm.server.call import Service
 from bitllm.server.run import Server, listen
@@ -91,7 +91,7 @@ class LiveServer:
         return connection
 
     def stats(self) -> bitllm.EngineStats:
-        return self.service.models.listed()[0].llm.llm.stats()
+        return self.service.loaded()[0].llm.llm.stats()
 
     def is_idle(self) -> bool:
         stats = self.stats()
@@ -99,7 +99,12 @@ class LiveServer:
 
 
 @contextmanager
-def live(models: dict[str, LLM], **options: Any) -> Iterator[LiveServer]:
+def live(
+    models: dict[str, LLM] | AsyncModelPool,
+    *,
+    adapters: Mapping[str, AdapterFiles] | None = None,
+    **options: Any,
+) -> Iterator[LiveServer]:
     """Serve these models while the block runs; they are closed at its end."""
     settings = ServerOptions(port=0, **{"access_log": False, "grace": 5.0, **options})
     listener = listen(settings)
@@ -108,10 +113,13 @@ def live(models: dict[str, LLM], **options: Any) -> Iterator[LiveServer]:
     failures: list[BaseException] = []
 
     async def run() -> None:
-        served = ServedModels(
-            {name: AsyncLLM(llm) for name, llm in models.items()}, strict=settings.strict_model
-        )
-        service = build_service(served, settings)
+        if isinstance(models, AsyncModelPool):
+            source: Any = models
+        else:
+            source = {name: AsyncLLM(llm) for name, llm in models.items()}
+        served = ServedModels(source, adapters or {}, settings.strict_model)
+        await served.load_adapters()
+        service = build_service(settings, served)
         server = Server(service, ready.set)
         started.append(LiveServer(server, service, listener.getsockname()[1]))
         try:

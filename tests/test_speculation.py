@@ -392,7 +392,7 @@ def test_nothing_is_guessed_where_a_step_takes_less_than_looking(
 ) -> None:
     wanted = request("ababababab")
     decoder = FakeDecoder()
-    speculation = Speculation([truth(wanted)], 6, decoder.max_batch_tokens)
+    speculation = Speculation([Guesses(truth(wanted))], 6, decoder.max_batch_tokens)
     engine = Engine(
         decoder,
         Bytes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bitllm.cli.answer import status_line
@@ -44,20 +44,28 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     return engine | ({"adapter": given["adapter"]} if "adapter" in given else {}), given
 
 
-def load_model(ref: str | None, options: Mapping[str, Any]) -> LLM:
+def load_model(
+    ref: str | None, options: Mapping[str, Any], *, check: Callable[[], None] = lambda: None
+) -> LLM:
     """Load a model, with a progress bar if that takes long and a terminal shows it.
 
     Args:
         ref: as of `bitllm.load`.
         options: keywords of `bitllm.load`; and `adapter`, the path of an adapter to be loaded under
             that name.
+        check: called again and again while the weights are read; what it raises ends that.
     """
     from bitllm.engine.loading import load
 
     settings = dict(options)
     adapter = settings.pop("adapter", None)
     with progress("loading") as advance:
-        llm = load(ref, progress=advance, **settings)
+
+        def step(done: int, total: int) -> None:
+            check()
+            advance(done, total)
+
+        llm = load(ref, progress=step, **settings)
     if adapter is not None:
         llm.load_adapter(adapter, name=adapter)
     return llm

@@ -77,7 +77,23 @@ def _lines(found: dict[str, Any]) -> list[str]:
         cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
         cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
         lines.append("  ".join(cells))
-    return lines
+    return [*lines, *_pool_lines(found)]
+
+
+def _pool_lines(found: dict[str, Any]) -> list[str]:
+    """Say what is not in memory, of a server that loads models when they are asked for."""
+    if found.get("loading"):
+        return ["loading: the server has not begun to take requests"]
+    pool = found.get("pool")
+    if pool is None:
+        return []
+    lines = [f"{name}: unloaded in {_duration(s)}" for name, s in pool["unload_seconds"].items()]
+    for what in ("loading", "unloaded"):
+        if pool[what]:
+            lines.append(f"{what}: {', '.join(pool[what])}")
+    limit = pool["memory_limit"]
+    bound = "" if limit is None else f" of {limit / 1e6:.0f} MB"
+    return [*lines, f"planned: {pool['planned_bytes'] / 1e6:.0f} MB{bound}"]
 
 
 def _row(model: dict[str, Any]) -> tuple[str, ...]:

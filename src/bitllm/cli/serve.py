@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitllm.cli.model import load_model, split_options
+from bitllm.cli.model import split_options
 from bitllm.cli.options import (
     Size,
     engine_options,
@@ -19,11 +20,9 @@ from bitllm.cli.options import (
     verbose_option,
 )
 from bitllm.cli.terminal import note, paint
-from bitllm.errors import BitllmError, ConfigError
 
 if TYPE_CHECKING:
-    from bitllm.engine.async_llm import AsyncLLM
-    from bitllm.server import ServerOptions
+    from bitllm.server import ServedModels, ServerOptions
 
 __all__ = ["serve"]
 
@@ -37,6 +36,19 @@ __all__ = ["serve"]
     metavar="REF",
     multiple=True,
     help="A model, as the argument; may be given several times.",
+)
+@option(
+    "--adapter",
+    "adapters",
+    metavar="[MODEL:][NAME=]PATH",
+    multiple=True,
+    help="A low-rank adapter that is served as a model of its own; may be given several times.",
+)
+@option(
+    "--keep-alive",
+    metavar="S",
+    type=click.FloatRange(min=0),
+    help="Unload a model that nobody has used for so many seconds. Default: when room is needed.",
 )
 @option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @option(
@@ -113,38 +125,40 @@ def serve(models: tuple[str, ...], more: tuple[str, ...], **options: Any) -> Non
 
     Clients that speak OpenAI's protocol work with the URL that is printed, and a browser finds a
     chat page there. NAME=REF serves a model under another name. One model answers to every name
-    unless --strict-model; several answer to their own. SIGTERM and Ctrl-C let requests end first.
+    unless --strict-model; several answer to their own, and are loaded when they are asked for, as
+    many at a time as --memory-limit has room for. SIGTERM and Ctrl-C let requests end first.
 
     \b
     bitllm serve                                     the demo model
     bitllm serve microsoft/bitnet-b1.58-2B-4T --kv-tokens 16384
-    bitllm serve 2b=microsoft/bitnet-b1.58-2B-4T small=./my-model --port 9000
+    bitllm serve 2b=microsoft/bitnet-b1.58-2B-4T small=./my-model --keep-alive 300
+    bitllm serve ./my-model --adapter poet=./poems
     """  # noqa: D301
+    from bitllm.cli.served_models import Wanted, open_models
     from bitllm.server.run import listen, url_of
 
+    adapters, keep_alive = options.pop("adapters"), options.pop("keep_alive")
     settings, engine = _settings(options)
     listener = listen(settings)
     try:
-        loaded = _load_all([*models, *more], engine)
+        wanted = Wanted.of([*models, *more], adapters, engine, keep_alive)
         _log_to_stderr()
         url = url_of(listener)
-        names = list(loaded)
-        asyncio.run(_serve(loaded, settings, listener, lambda: _greet(url, names, settings)))
+        opened = open_models(wanted, strict=settings.strict_model)
+        asyncio.run(_serve(opened, settings, listener, lambda: _greet(url, wanted.names, settings)))
     finally:
         listener.close()
 
 
 async def _serve(
-    loaded: dict[str, AsyncLLM], settings: ServerOptions, listener: Any, on_ready: Any
+    models: Coroutine[Any, Any, ServedModels], settings: ServerOptions, listener: Any, on_ready: Any
 ) -> None:
-    from bitllm.server import ServedModels
     from bitllm.server import serve as run
 
     def on_drain(count: int) -> None:
         what = "request" if count == 1 else "requests"
         note(f"ending; {count} {what} under way (Ctrl-C again: at once)")
 
-    models = ServedModels(loaded, strict=settings.strict_model)
     await run(models, settings, listener, on_ready=on_ready, on_drain=on_drain)
 
 
@@ -165,40 +179,6 @@ def _api_keys(file: Path | None) -> tuple[str, ...]:
     key = os.environ.get("BITLLM_API_KEY", "").strip()
     keys = () if file is None else read_api_keys(file)
     return (*keys, key) if key else keys
-
-
-def _load_all(references: list[str], engine: dict[str, Any]) -> dict[str, AsyncLLM]:
-    """Load the models, by the names they are served under."""
-    from bitllm.engine.async_llm import AsyncLLM
-
-    loaded: dict[str, AsyncLLM] = {}
-    try:
-        wanted: list[str | None] = [*references] or [None]
-        for given in wanted:
-            name, ref = _named(given)
-            if name is not None and name in loaded:
-                raise ConfigError(f"two models have the name {name!r}", hint="write NAME=REF")
-            llm = load_model(ref, engine)
-            key = llm.name if name is None else name
-            if key in loaded:
-                llm.close()
-                raise ConfigError(f"two models have the name {key!r}", hint="write NAME=REF")
-            loaded[key] = AsyncLLM(llm)
-    except BitllmError:
-        for each in loaded.values():
-            asyncio.run(each.aclose())
-        raise
-    return loaded
-
-
-def _named(given: str | None) -> tuple[str | None, str | None]:
-    """Return name and reference of NAME=REF; a path that exists is a reference as a whole."""
-    if given is None or "=" not in given or Path(given).exists():
-        return None, given
-    name, _, ref = given.partition("=")
-    if not name or not ref:
-        raise ConfigError(f"{given!r} should be a model, or NAME=REF")
-    return name, ref
 
 
 def _log_to_stderr() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitllm.backends import choose_device
@@ -21,6 +21,7 @@ __all__ = [
     "format_bytes",
     "kv_token_count",
     "plan_memory",
+    "roomy_kv_tokens",
 ]
 
 PROCESS_BYTES = 40_000_000
@@ -31,6 +32,9 @@ TOKENIZER_BYTES = 700
 
 REFERENCE_CODE_BITS = 8
 """Bits a ternary weight takes on the device "reference"."""
+
+ROOMY_CONTEXTS = 8
+ROOMY_TOKENS = 16384
 
 LOGIT_ROWS = 8
 """Rows whose logits the device "reference" is taken to hold at once."""
@@ -152,6 +156,28 @@ def kv_token_count(spec: ModelSpec, options: EngineOptions) -> int:
             hint="raise kv_tokens, or set a smaller context",
         )
     return -(-tokens // KV_BLOCK_SIZE) * KV_BLOCK_SIZE
+
+
+def roomy_kv_tokens(checkpoint: Checkpoint, options: EngineOptions, *, share: float = 0.5) -> int:
+    """Return the positions of a KV cache for many sequences at once.
+
+    Eight contexts, but at least 16384 positions, as far as `share` of the memory that one context
+    would leave has room for them; and one context in any case.
+
+    Args:
+        checkpoint: an opened model.
+        options: how it would be loaded; `kv_tokens` is not looked at.
+        share: the part of the memory that may be planned for further sequences, 0 to 1.
+
+    Raises:
+        BackendUnavailableError, ConfigError, MissingTensorError: as of `plan_memory`.
+    """
+    plan = plan_memory(checkpoint, replace(options, kv_tokens=None))
+    wanted = max(ROOMY_CONTEXTS * plan.context, ROOMY_TOKENS)
+    if plan.allowed is not None:
+        room = max(0, plan.allowed - plan.total) * share
+        wanted = min(wanted, plan.context + int(room / plan.kv_bytes_per_token))
+    return max(wanted, plan.context)
 
 
 def plan_memory(

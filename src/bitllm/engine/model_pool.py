@@ -167,6 +167,19 @@ class PoolOfModels(Generic[Handle]):
         """Return the models in memory and on their way, the most recently used first."""
         return [self._describe(resident) for resident in self._residency.residents()]
 
+    def handles(self) -> dict[str, Handle]:
+        """Return the models in memory by the names that were added; to look at, not to use.
+
+        Any of them may be unloaded as soon as this returns, unless it is leased.
+        """
+        loaded = {
+            resident.source: resident.loaded.result()
+            for resident in self._residency.residents()
+            if resident.engine is not None
+        }
+        names = tuple(self._sources.items())
+        return {name: loaded[source] for name, source in names if source in loaded}
+
     @property
     def planned_bytes(self) -> int:
         """Bytes that all loaded models and the process may come to take."""

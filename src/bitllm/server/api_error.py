@@ -20,7 +20,15 @@ from bitllm.errors import (
     TokenizerError,
 )
 
-__all__ = ["ApiError", "ErrorDetail", "ErrorResponse", "as_api_error", "closed", "not_served"]
+__all__ = [
+    "ApiError",
+    "ErrorDetail",
+    "ErrorResponse",
+    "as_api_error",
+    "closed",
+    "loading",
+    "not_served",
+]
 
 _PATH = re.compile(r"^(?P<what>.*?) - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
@@ -105,6 +113,11 @@ def closed() -> ApiError:
         code="shutting_down",
         headers={"Retry-After": "5", "Connection": "close"},
     )
+
+
+def loading() -> ApiError:
+    """Return the answer of a server whose models are not in memory yet."""
+    return ApiError(503, "the model is being loaded", code="loading", headers={"Retry-After": "2"})
 
 
 def not_served(name: str, known: list[str]) -> ApiError:

@@ -35,9 +35,9 @@ __all__ = ["build_app", "build_service"]
 _DESCRIPTION = "/openapi.json"
 
 
-def build_service(models: ServedModels, options: ServerOptions) -> Service:
-    """Return what all requests to a server share."""
-    return Service(options, models, Admission(options.max_requests), Metrics())
+def build_service(options: ServerOptions, models: ServedModels | None = None) -> Service:
+    """Return what all requests to a server share; without models, it is still to load them."""
+    return Service(options, Admission(options.max_requests), Metrics(), models)
 
 
 def build_app(service: Service) -> ASGIApp:

@@ -17,7 +17,7 @@ from bitllm import __version__
 from bitllm.engine import outputs
 from bitllm.errors import ConfigError
 from bitllm.server.admission import Admission
-from bitllm.server.api_error import ApiError, as_api_error, closed
+from bitllm.server.api_error import ApiError, as_api_error, closed, loading
 from bitllm.server.event_stream import EventStream
 from bitllm.server.metrics import Metrics
 from bitllm.server.models import ServedModel, ServedModels
@@ -39,15 +39,30 @@ class Service:
 
     Attributes:
         options: of the operator.
-        models: by name.
         admission: how many requests are taken on.
         metrics: what is counted.
+        opened: the models, None while they are being loaded.
     """
 
     options: ServerOptions
-    models: ServedModels
     admission: Admission
     metrics: Metrics
+    opened: ServedModels | None = None
+
+    @property
+    def models(self) -> ServedModels:
+        """The models by name.
+
+        Raises:
+            ApiError: 503, they are being loaded.
+        """
+        if self.opened is None:
+            raise closed() if self.admission.draining else loading()
+        return self.opened
+
+    def loaded(self) -> list[ServedModel]:
+        """Return the models in memory."""
+        return [] if self.opened is None else self.opened.loaded()
 
     def explain(self, error: Exception) -> ApiError:
         """Return the answer that an exception stands for; what is a bug is logged."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -48,6 +49,7 @@ async def chat(call: Call, body: ChatRequest) -> Response:
     messages = messages_of(body.messages)
     params = _params(call, body)
     served = await call.model(body.model)
+    params = replace(params, adapter=served.adapter)
     asked: dict[str, Any] = {
         "params": params,
         "tools": body.tools or (),

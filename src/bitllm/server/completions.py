@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import msgspec
 from starlette.responses import Response
@@ -47,6 +48,7 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
         what = f"{len(prompts)} prompts with {params.choices} choices each are too many"
         raise ApiError(400, f"{what}; {MOST_PROMPTS} is the most of a request", param="n")
     served = await call.model(body.model)
+    params = replace(params, adapter=served.adapter)
     tokenizer = served.llm.llm.tokenizer
     encoded = await asyncio.to_thread(_encode, prompts, tokenizer)
     if body.stream:

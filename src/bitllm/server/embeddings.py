@@ -31,7 +31,9 @@ async def embed(call: Call, body: EmbeddingRequest) -> Response:
     served = await call.model(body.model)
     _check_dimensions(body.dimensions, served.llm.llm.spec.hidden_size)
     encoded = await asyncio.to_thread(_encode, inputs, served.llm.llm.tokenizer)
-    vectors = await served.llm.embed(encoded, pooling=call.service.options.pooling)
+    vectors = await served.llm.embed(
+        encoded, pooling=call.service.options.pooling, adapter=served.adapter
+    )
     tokens = sum(map(len, encoded))
     call.service.metrics.prompt_tokens.add(tokens, model=served.name)
     call.entry.prompt_tokens = tokens

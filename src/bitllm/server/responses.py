@@ -29,6 +29,7 @@ __all__ = [
     "ModelCard",
     "ModelList",
     "ModelLoad",
+    "PoolFigures",
     "PromptDetails",
     "StatsResponse",
     "TemplateResponse",
@@ -228,13 +229,15 @@ class EmbeddingResponse(msgspec.Struct, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """A model that is served."""
+    """A model that is served; context and `meta` are known once it is loaded."""
 
     id: str
     object: str = "model"
     created: int
     owned_by: str = "bitllm"
-    max_model_len: int
+    status: Literal["loaded", "loading", "unloaded"]
+    parent: str | None
+    max_model_len: int | None
     meta: dict[str, Any]
 
 
@@ -321,8 +324,21 @@ class ModelLoad(msgspec.Struct):
     load: LoadFigures
 
 
+class PoolFigures(msgspec.Struct):
+    """Models that are loaded when they are asked for: the names of the others, and the budget.
+
+    `unload_seconds` tells of loaded ones in how long they will be unloaded, unless used.
+    """
+
+    loading: list[str]
+    unloaded: list[str]
+    planned_bytes: int
+    memory_limit: int | None
+    unload_seconds: dict[str, float]
+
+
 class StatsResponse(msgspec.Struct):
-    """The answer of /stats."""
+    """The answer of /stats; `loading` = the server has not begun to take requests."""
 
     version: str
     uptime_seconds: float
@@ -331,6 +347,8 @@ class StatsResponse(msgspec.Struct):
     max_requests: int
     resident_bytes: int | None
     models: list[ModelLoad]
+    loading: bool
+    pool: PoolFigures | None
 
 
 def finish_reason(reason: outputs.FinishReason) -> FinishReason:

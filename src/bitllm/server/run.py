@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import uvicorn
@@ -48,7 +48,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 async def serve(
-    models: ServedModels,
+    models: ServedModels | Awaitable[ServedModels],
     options: ServerOptions,
     listener: socket.socket,
     *,
@@ -58,19 +58,30 @@ async def serve(
     """Serve until SIGTERM or SIGINT, then answer what is under way; closes the models.
 
     Args:
-        models: what answers.
+        models: what answers; or an awaitable of it, and until it is there, requests get 503.
         options: of the operator.
         listener: as of `listen`; closed in the end.
         on_ready: called when requests are answered.
         on_drain: called when the end begins, with the number of requests under way.
+
+    Raises:
+        Exception: whatever the awaitable raises; the server has ended.
     """
-    service = build_service(models, options)
-    server = Server(service, on_ready, on_drain)
+    coming: Awaitable[ServedModels] | None = None
+    if isinstance(models, ServedModels):
+        service = build_service(options, models)
+    else:
+        service, coming = build_service(options), models
+    server = Server(service, on_ready, on_drain, coming)
     try:
         await server.serve(sockets=[listener])
     finally:
         listener.close()
-        await models.aclose()
+        await server.stop_loading()
+        if service.opened is not None:
+            await service.opened.aclose()
+    if server.failure is not None:
+        raise server.failure
 
 
 class Server(uvicorn.Server):
@@ -83,6 +94,10 @@ class Server(uvicorn.Server):
         service: what all requests share.
         on_ready: called when requests are answered.
         on_drain: called when the end begins, with the number of requests under way.
+        models: what the service is to get, where it has no models yet.
+
+    Attributes:
+        failure: why there are no models; the server then ends.
     """
 
     def __init__(
@@ -90,6 +105,7 @@ class Server(uvicorn.Server):
         service: Service,
         on_ready: Callable[[], object] = lambda: None,
         on_drain: Callable[[int], object] = lambda count: None,
+        models: Awaitable[ServedModels] | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -110,12 +126,32 @@ class Server(uvicorn.Server):
         self._on_ready, self._on_drain = on_ready, on_drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._models = models
+        self._loading: asyncio.Task[None] | None = None
+        self.failure: Exception | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        self._on_ready()
+        if self._models is None:
+            self._on_ready()
+        else:
+            self._loading = self._loop.create_task(self._load(self._models))
+
+    async def _load(self, models: Awaitable[ServedModels]) -> None:
+        try:
+            self._service.opened = await models
+            self._on_ready()
+        except Exception as error:
+            self.failure = error
+            self.should_exit = True
+
+    async def stop_loading(self) -> None:
+        """Wait no longer for the models."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain, or end at once where that was asked for before."""
@@ -141,5 +177,6 @@ class Server(uvicorn.Server):
         if not await admission.drain(self._service.options.grace):
             # Streams under way then end with an error, which their clients can tell from an end.
             admission.cut = True
-            await self._service.models.aclose()
+            if self._service.opened is not None:
+                await self._service.opened.aclose()
         self.should_exit = True

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from starlette.responses import Response
 
 from bitllm import __version__
-from bitllm.server.api_error import closed
+from bitllm.engine.llm import LLM
+from bitllm.server.api_error import closed, loading
 from bitllm.server.call import Call, json_response
 from bitllm.server.metrics import CONTENT_TYPE
-from bitllm.server.models import ServedModel
+from bitllm.server.models import ListedModel, ServedModel, ServedModels
 from bitllm.server.responses import (
     HealthResponse,
     LoadFigures,
     ModelCard,
     ModelList,
     ModelLoad,
+    PoolFigures,
     StatsResponse,
     VersionResponse,
 )
@@ -28,6 +31,8 @@ async def health(call: Call, body: None) -> Response:
     """Return whether requests are taken."""
     if call.service.admission.draining:
         raise closed()
+    if call.service.opened is None:
+        raise loading()
     return json_response(HealthResponse("ok"))
 
 
@@ -50,28 +55,33 @@ async def show_model(call: Call, body: None) -> Response:
     return json_response(_card(call.service.models.get(call.request.path_params["model"])))
 
 
-def _card(served: ServedModel) -> ModelCard:
-    llm = served.llm.llm
+def _card(listed: ListedModel) -> ModelCard:
     return ModelCard(
-        id=served.name,
-        created=served.created,
-        max_model_len=llm.context,
-        meta={
-            "name": llm.name,
-            "n_ctx": llm.context,
-            "n_vocab": llm.spec.vocab_size,
-            "n_embd": llm.spec.hidden_size,
-            "n_layer": len(llm.spec.layers),
-            "backend": llm.info.backend,
-            "chat": llm.tokenizer.has_chat_template,
-        },
+        id=listed.name,
+        created=listed.created,
+        status=listed.state,
+        parent=listed.parent,
+        max_model_len=None if listed.llm is None else listed.llm.llm.context,
+        meta={} if listed.llm is None else _meta(listed.llm.llm),
     )
+
+
+def _meta(llm: LLM) -> dict[str, Any]:
+    return {
+        "name": llm.name,
+        "n_ctx": llm.context,
+        "n_vocab": llm.spec.vocab_size,
+        "n_embd": llm.spec.hidden_size,
+        "n_layer": len(llm.spec.layers),
+        "backend": llm.info.backend,
+        "chat": llm.tokenizer.has_chat_template,
+    }
 
 
 async def metrics(call: Call, body: None) -> Response:
     """Return figures for Prometheus."""
     service = call.service
-    text = service.metrics.text(service.models.listed(), service.admission)
+    text = service.metrics.text(service.loaded(), service.admission)
     return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
 
@@ -86,8 +96,29 @@ async def stats(call: Call, body: None) -> Response:
             requests=service.admission.under_way,
             max_requests=service.admission.limit,
             resident_bytes=_resident_bytes(),
-            models=[_load(each) for each in service.models.listed()],
+            models=[_load(each) for each in service.loaded()],
+            loading=service.opened is None,
+            pool=None if service.opened is None else _pool(service.opened),
         )
+    )
+
+
+def _pool(models: ServedModels) -> PoolFigures | None:
+    pool = models.pool
+    if pool is None:
+        return None
+    own = [each for each in models.listed() if each.parent is None]
+    return PoolFigures(
+        loading=[each.name for each in own if each.state == "loading"],
+        unloaded=[each.name for each in own if each.state == "unloaded"],
+        planned_bytes=pool.planned_bytes,
+        memory_limit=pool.memory_limit,
+        unload_seconds={
+            name: each.unload_seconds
+            for each in pool.loaded()
+            for name in (each.name, *each.aliases)
+            if each.unload_seconds is not None
+        },
     )
 
 
