@@ -10,6 +10,7 @@ rules of the comparison with transformers (test_transformers_oracle.py).
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import mlx.core as mx
@@ -166,6 +167,23 @@ def test_the_code_three_is_refused(backend):
 def test_options_of_the_cpu_are_refused(backend, option, value):
     with pytest.raises(ConfigError, match=value):
         backend.load(random_checkpoint(tiny_spec()), LoadOptions(**{option: value}))
+
+
+def test_matrices_of_a_shape_share_their_scales():
+    def matrix(rows, columns):
+        codes = random_codes(3, "codes", (rows, columns))
+        return mlx_linear.PackedMatrix(TernaryMatrix.from_codes(codes, np.float32(1)), "m")
+
+    one, same, other = matrix(9, 256), matrix(9, 256), matrix(9, 384)
+    assert one._scales is same._scales
+    assert one._scales.shape != other._scales.shape
+    assert one.nbytes == 9 * 256 // 4
+    kept = mlx_linear._unit_scales
+    assert kept[9, 2].scales is one._scales
+    del one, same
+    gc.collect()
+    assert (9, 2) not in kept
+    assert (9, 3) in kept
 
 
 def test_small_groups_are_refused_where_they_do_not_run():

@@ -7,6 +7,8 @@ numbers below 2^24, so float32 holds them, in whatever order they are added.
 
 from __future__ import annotations
 
+import weakref
+
 import mlx.core as mx
 import numpy as np
 
@@ -14,7 +16,7 @@ from bitllm.backends.mlx.tensors import vector
 from bitllm.checkpoint import Checkpoint, LinearSpec, TernaryMatrix
 from bitllm.errors import QuantizationError, UnsupportedModelError
 
-__all__ = ["Linear", "PackedMatrix", "quantize_activations"]
+__all__ = ["Linear", "PackedMatrix", "UnitScales", "quantize_activations"]
 
 _GROUPS = (128, 64, 32)  # of columns, as MLX's kernels take them; wide ones cost fewer bytes
 _ZERO_WEIGHTS = 0b01010101
@@ -34,6 +36,32 @@ def quantize_activations(x: mx.array) -> tuple[mx.array, mx.array]:
     return mx.clip(mx.round(x * a), -128.0, 127.0), a
 
 
+class UnitScales:
+    """Scales 1 and biases -1, which matrices of one shape share: a fifth of all bytes otherwise.
+
+    Args:
+        shape: (rows, groups) of the matrices.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.scales = mx.ones(shape)
+        self.biases = -self.scales
+
+    @classmethod
+    def of(cls, rows: int, groups: int) -> UnitScales:
+        """Return those of a shape; they are freed with the last matrix that holds them."""
+        shape = (rows, groups)
+        found = _unit_scales.get(shape)
+        if found is None:
+            found = _unit_scales[shape] = cls(shape)
+        return found
+
+
+_unit_scales: weakref.WeakValueDictionary[tuple[int, int], UnitScales] = (
+    weakref.WeakValueDictionary()
+)
+
+
 class PackedMatrix:
     """A ternary matrix as MLX multiplies it: its scales left out, or those of groups within.
 
@@ -42,7 +70,7 @@ class PackedMatrix:
         name: of the matrix, for errors.
 
     Attributes:
-        nbytes: bytes on the device.
+        nbytes: bytes on the device, without `UnitScales`, which other matrices use too.
     """
 
     def __init__(self, matrix: TernaryMatrix, name: str) -> None:
@@ -58,12 +86,16 @@ class PackedMatrix:
                 hint="the file is damaged or of another format than it says",
             )
         self._codes = mx.array(packed.view("<u4"))
-        scales = np.ones((matrix.out_features, groups), np.float32)
-        if matrix.group_size is not None:
-            scales = np.repeat(matrix.scales, matrix.group_size // self._group, axis=1)[:, :groups]
+        self._unit: UnitScales | None = None
+        self.nbytes = self._codes.nbytes
+        if matrix.group_size is None:
+            self._unit = UnitScales.of(matrix.out_features, groups)
+            self._scales, self._biases = self._unit.scales, self._unit.biases
+            return
+        scales = np.repeat(matrix.scales, matrix.group_size // self._group, axis=1)[:, :groups]
         self._scales = mx.array(np.ascontiguousarray(scales))
         self._biases = -self._scales
-        self.nbytes = self._codes.nbytes + self._scales.nbytes + self._biases.nbytes
+        self.nbytes += self._scales.nbytes + self._biases.nbytes
 
     def __call__(self, x: mx.array) -> mx.array:
         """Multiply float32 [tokens, in] with the matrix: float32 [tokens, out]."""
