@@ -22,7 +22,7 @@ from bitllm.backends.mlx.attention import Angles, KvCache, group_runs
 from bitllm.backends.mlx.layer import Layer
 from bitllm.backends.mlx.tensors import to_host, to_mlx, vector
 from bitllm.backends.sampling import step_output
-from bitllm.checkpoint import Checkpoint, ModelSpec
+from bitllm.checkpoint import LINEAR_NAMES, Checkpoint, ModelSpec
 from bitllm.errors import ConfigError, QuantizationError
 
 __all__ = ["MlxDecoder"]
@@ -183,6 +183,12 @@ class MlxDecoder:
     def adapter_bytes(self, adapter: Adapter) -> int:
         """Return the bytes of an adapter's matrices as they are stored."""
         return adapter.nbytes
+
+    def packed_bytes(self) -> dict[str, int]:
+        """Return the bytes of the matrices of each linear, over all layers."""
+        return {
+            name: sum(layer.linear[name].nbytes for layer in self._layers) for name in LINEAR_NAMES
+        }
 
     def close(self) -> None:
         """Free weights and KV storage; the decoder cannot be used afterwards."""

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
 import mlx.core as mx
 
-__all__ = ["DeviceFacts", "available_memory", "device_facts", "read_bandwidth"]
+__all__ = [
+    "DeviceFacts",
+    "available_memory",
+    "device_facts",
+    "peak_multiplications",
+    "read_bandwidth",
+]
 
 READINGS = 5
+PEAK_SIZE = 2048
+"""Rows and columns of the product that tells the peak: enough for every core of a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +67,33 @@ def available_memory() -> int | None:
 
 
 def read_bandwidth(nbytes: int) -> float:
-    """Return the bytes a second that MLX reads: the best of several sums of a buffer.
+    """Return the bytes a second that MLX reads: looking through a buffer several times.
 
     Args:
         nbytes: of the buffer.
     """
     buffer = mx.zeros((max(1, nbytes // 4),), mx.int32)
-    mx.eval(buffer, mx.max(buffer))
+    mx.eval(buffer)
+    return float(buffer.nbytes / _fastest(lambda: mx.max(buffer)))
+
+
+def peak_multiplications() -> float:
+    """Return the multiplications a second of MLX's own matrix product.
+
+    In float16 through Metal, whose matrix units know no int8, and in float32 on the CPU.
+    """
+    size = PEAK_SIZE if mx.metal.is_available() else PEAK_SIZE // 4
+    one = mx.ones((size, size), mx.float16 if mx.metal.is_available() else mx.float32)
+    mx.eval(one)
+    return float(size**3 / _fastest(lambda: one @ one))
+
+
+def _fastest(compute: Callable[[], mx.array]) -> float:
+    """Return the seconds of the fastest of several runs; the first does not count."""
+    mx.eval(compute())
     seconds = []
     for _ in range(READINGS):
         start = time.perf_counter()
-        mx.eval(mx.max(buffer))
+        mx.eval(compute())
         seconds.append(time.perf_counter() - start)
-    return float(buffer.nbytes / min(seconds))
+    return min(seconds)
