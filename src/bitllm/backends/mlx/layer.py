@@ -11,7 +11,15 @@ from bitllm.backends.mlx.linear import Linear
 from bitllm.backends.mlx.tensors import vector
 from bitllm.checkpoint import LINEAR_NAMES, Activation, Checkpoint
 
-__all__ = ["Layer", "gated"]
+__all__ = ["COMPILED_ROWS", "Layer", "gated"]
+
+COMPILED_ROWS = 8
+"""Steps of up to so many rows run through `mx.compile`: each number of rows is traced once."""
+
+
+def compiles() -> bool:
+    """Whether steps are compiled: through Metal. On a CPU, MLX would start a C++ compiler."""
+    return mx.metal.is_available()
 
 
 def gated(activation: Activation, gate: mx.array, up: mx.array) -> mx.array:
@@ -52,18 +60,31 @@ class Layer:
         }
         self._gains = {name: vector(checkpoint, prefix + name) for name in present if present[name]}
         self.nbytes = sum(linear.nbytes for linear in self.linear.values())
+        # Streams belong to threads: what is left to compute here, no other thread could.
+        mx.eval(self._gains, [linear.arrays() for linear in self.linear.values()])
+        self._compiled = (mx.compile(self._project), mx.compile(self._finish))
 
     def __call__(self, h: mx.array, layout: StepLayout, angles: Angles, cache: KvCache) -> mx.array:
-        """Return the hidden states after this layer, float32 [tokens, hidden]."""
-        q, k, v = self._project(h, angles)
-        cache.write(layout.blocks, layout.places, k, v)
-        return self._finish(h, attend(q, layout, cache, self.spec))
+        """Return the hidden states after this layer, float32 [tokens, hidden].
 
-    def _project(self, h: mx.array, angles: Angles) -> tuple[mx.array, mx.array, mx.array]:
+        What depends on nothing but its arguments is compiled for steps of few rows: elementwise
+        operations become one kernel. The cache stays outside, as a compiled function would copy
+        it, and attention too, whose shapes change with the text.
+        """
+        small = len(h) <= COMPILED_ROWS and compiles()
+        project, finish = self._compiled if small else (self._project, self._finish)
+        q, k, v = project(h, angles.cosine, angles.sine)
+        cache.write(layout.blocks, layout.places, k, v)
+        return finish(h, attend(q, layout, cache, self.spec))
+
+    def _project(
+        self, h: mx.array, cosine: mx.array, sine: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
         x = self._norm("attn_norm", h)
         q, k, v = (
             self.linear[name](x).reshape(len(h), -1, self.spec.head_dim) for name in ("q", "k", "v")
         )
+        angles = Angles(cosine, sine)
         q = rotate(self._norm("q_norm", q), angles)
         return q, rotate(self._norm("k_norm", k), angles), v
 

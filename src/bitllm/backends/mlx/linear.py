@@ -97,6 +97,10 @@ class PackedMatrix:
         self._biases = -self._scales
         self.nbytes += self._scales.nbytes + self._biases.nbytes
 
+    def arrays(self) -> list[mx.array]:
+        """Return all arrays of the matrix, to be computed by the thread that made them."""
+        return [self._codes, self._scales, self._biases]
+
     def __call__(self, x: mx.array) -> mx.array:
         """Multiply float32 [tokens, in] with the matrix: float32 [tokens, out]."""
         if self._padding:
@@ -140,6 +144,11 @@ class Linear:
         self._norm = vector(checkpoint, f"{name}.norm") if spec.norm_eps is not None else None
         self._bias = vector(checkpoint, f"{name}.bias") if spec.bias else None
         self.nbytes = self.matrix.nbytes
+
+    def arrays(self) -> list[mx.array]:
+        """Return all arrays of the projection, to be computed by the thread that made them."""
+        own = [self._scales, self._norm, self._bias]
+        return [*self.matrix.arrays(), *(array for array in own if array is not None)]
 
     def __call__(self, x: mx.array) -> mx.array:
         """Project float32 [tokens, in] to [tokens, out]: (codes @ q / a) * scale + bias."""
