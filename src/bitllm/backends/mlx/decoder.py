@@ -19,6 +19,8 @@ from bitllm.backends.base import (
     check_batch,
 )
 from bitllm.backends.mlx.attention import Angles, KvCache, group_runs
+from bitllm.backends.mlx.kernels import head_logits, use_kernels
+from bitllm.backends.mlx.kernels.head import HEAD_TOKENS
 from bitllm.backends.mlx.layer import Layer
 from bitllm.backends.mlx.tensors import to_host, to_mlx, vector
 from bitllm.backends.sampling import step_output
@@ -43,17 +45,20 @@ class MlxDecoder:
         self._max_batch_tokens = options.max_batch_tokens
         self._embed = to_mlx(checkpoint.dense("embed"))
         self._head = self._embed if spec.tied_head else to_mlx(checkpoint.dense("head"))
+        whole_words = self._head.dtype == mx.bfloat16 and spec.hidden_size % 2 == 0
+        own = whole_words and use_kernels()
+        self._head_words = self._head.view(mx.uint32) if own else None
         self._final_norm = vector(checkpoint, "final_norm")
         self._layers = [Layer(checkpoint, index) for index in range(len(spec.layers))]
         self._blocks = -(-(options.kv_tokens or spec.max_context) // KV_BLOCK_SIZE)
         self._caches = [KvCache(self._blocks, layer, options.kv_dtype) for layer in spec.layers]
         self._ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
         self._windows = {layer.sliding_window for layer in spec.layers}
-        mx.eval(self._embed, self._head, self._final_norm, [cache.arrays for cache in self._caches])
+        mx.eval(self._embed, self._head, self._head_words, self._final_norm, [cache.arrays for cache in self._caches])
         dense = self._embed.nbytes + (0 if spec.tied_head else self._head.nbytes)
         self.info = DecoderInfo(
             backend="mlx",
-            kernel="metal" if mx.metal.is_available() else "mlx cpu",
+            kernel=_kernel_name(),
             threads=1,
             weight_bytes=dense + sum(layer.nbytes for layer in self._layers),
             kv_bytes=sum(array.nbytes for cache in self._caches for array in cache.arrays),
@@ -111,6 +116,8 @@ class MlxDecoder:
 
     def _logits(self, hidden: mx.array) -> mx.array:
         """Return the logits of hidden states, float32 [n, vocab]."""
+        if self._head_words is not None and len(hidden) <= HEAD_TOKENS:
+            return head_logits(self._head_words, hidden)
         parts = [
             hidden @ self._head[start : start + _HEAD_ROWS].astype(mx.float32).T
             for start in range(0, self.spec.vocab_size, _HEAD_ROWS)
@@ -194,6 +201,7 @@ class MlxDecoder:
         """Free weights and KV storage; the decoder cannot be used afterwards."""
         self._layers, self._caches, self._blocks = [], [], 0
         self._embed = self._head = mx.zeros((0,))
+        self._head_words = None
 
     def _check_blocks(self, blocks: I32) -> None:
         if blocks.size and (blocks.min() < 0 or blocks.max() >= self._blocks):
@@ -204,6 +212,12 @@ class MlxDecoder:
 
 def _bytes(blocks: mx.array) -> mx.array:
     return blocks.reshape(blocks.shape[0], -1).view(mx.uint8)
+
+
+def _kernel_name() -> str:
+    if use_kernels():
+        return "metal, bitllm"
+    return "metal, mlx" if mx.metal.is_available() else "mlx cpu"
 
 
 def _is_greedy(batch: Batch) -> bool:

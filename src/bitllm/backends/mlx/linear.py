@@ -12,6 +12,7 @@ import weakref
 import mlx.core as mx
 import numpy as np
 
+from bitllm.backends.mlx.kernels import quantize_packed, ternary_product, use_kernels
 from bitllm.backends.mlx.tensors import vector
 from bitllm.checkpoint import Checkpoint, LinearSpec, TernaryMatrix
 from bitllm.errors import QuantizationError, UnsupportedModelError
@@ -97,6 +98,15 @@ class PackedMatrix:
         self._biases = -self._scales
         self.nbytes += self._scales.nbytes + self._biases.nbytes
 
+    @property
+    def words(self) -> int:
+        """Words of 16 codes in a row."""
+        return int(self._codes.shape[1])
+
+    def multiply_packed(self, activations: mx.array) -> mx.array:
+        """Multiply int8 codes, four a word, uint32 [tokens, 4 * words], by our own kernels."""
+        return ternary_product(self._codes, activations)
+
     def arrays(self) -> list[mx.array]:
         """Return all arrays of the matrix, to be computed by the thread that made them."""
         return [self._codes, self._scales, self._biases]
@@ -144,6 +154,7 @@ class Linear:
         self._norm = vector(checkpoint, f"{name}.norm") if spec.norm_eps is not None else None
         self._bias = vector(checkpoint, f"{name}.bias") if spec.bias else None
         self.nbytes = self.matrix.nbytes
+        self._own_kernels = matrix.group_size is None and use_kernels()
 
     def arrays(self) -> list[mx.array]:
         """Return all arrays of the projection, to be computed by the thread that made them."""
@@ -156,6 +167,9 @@ class Linear:
             x = mx.fast.rms_norm(x, self._norm, self._spec.norm_eps)
         if self._spec.activation_bits is None:
             y = self.matrix(x)
+        elif self._own_kernels:
+            packed, a = quantize_packed(x, self.matrix.words)
+            y = self.matrix.multiply_packed(packed) / a
         else:
             codes, a = quantize_activations(x)
             y = self.matrix(codes) / a

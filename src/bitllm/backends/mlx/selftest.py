@@ -1,4 +1,4 @@
-"""Does MLX give the integer sums of the reference here?"""
+"""What `bitllm doctor` tries: does MLX give the integer sums of the reference here?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from bitllm.backends.mlx.kernels.choice import find_problem
 from bitllm.backends.mlx.linear import PackedMatrix, quantize_activations
 from bitllm.backends.mlx.tensors import to_host
 from bitllm.checkpoint import TernaryMatrix
@@ -33,8 +34,13 @@ def check_products() -> str:
         codes = random.integers(-1, 2, (rows, columns), np.int8)
         x = random.standard_normal((tokens, columns), np.float32)
         _check(codes, x, f"{rows} x {columns} codes times {tokens}")
-    kind = "Metal" if mx.metal.is_available() else "the CPU"
-    return f"{len(PRODUCTS)} products on {kind} equal the reference"
+    done = f"{len(PRODUCTS)} products"
+    if not mx.metal.is_available():
+        return f"{done} on the CPU equal the reference"
+    problem = find_problem()
+    if problem is not None:
+        raise _broken(f"our Metal kernels, which are therefore left out: {problem}")
+    return f"{done} on Metal and all kernels of bitllm equal the reference"
 
 
 def _check(codes: npt.NDArray[np.int8], x: npt.NDArray[np.float32], what: str) -> None:
