@@ -7,7 +7,6 @@ self-test of `choice.py` runs them on the GPU.
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np

@@ -54,7 +54,13 @@ class MlxDecoder:
         self._caches = [KvCache(self._blocks, layer, options.kv_dtype) for layer in spec.layers]
         self._ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
         self._windows = {layer.sliding_window for layer in spec.layers}
-        mx.eval(self._embed, self._head, self._head_words, self._final_norm, [cache.arrays for cache in self._caches])
+        mx.eval(
+            self._embed,
+            self._head,
+            self._head_words,
+            self._final_norm,
+            [cache.arrays for cache in self._caches],
+        )
         dense = self._embed.nbytes + (0 if spec.tied_head else self._head.nbytes)
         self.info = DecoderInfo(
             backend="mlx",

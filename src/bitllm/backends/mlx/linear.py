@@ -71,6 +71,7 @@ class PackedMatrix:
         name: of the matrix, for errors.
 
     Attributes:
+        codes: weights plus one, 16 a word, low bits first, uint32 [rows, words].
         nbytes: bytes on the device, without `UnitScales`, which other matrices use too.
     """
 
@@ -86,9 +87,9 @@ class PackedMatrix:
                 f"{name} holds the code 3, which stands for no ternary weight",
                 hint="the file is damaged or of another format than it says",
             )
-        self._codes = mx.array(packed.view("<u4"))
+        self.codes = mx.array(packed.view("<u4"))
         self._unit: UnitScales | None = None
-        self.nbytes = self._codes.nbytes
+        self.nbytes = self.codes.nbytes
         if matrix.group_size is None:
             self._unit = UnitScales.of(matrix.out_features, groups)
             self._scales, self._biases = self._unit.scales, self._unit.biases
@@ -101,22 +102,22 @@ class PackedMatrix:
     @property
     def words(self) -> int:
         """Words of 16 codes in a row."""
-        return int(self._codes.shape[1])
+        return int(self.codes.shape[1])
 
     def multiply_packed(self, activations: mx.array) -> mx.array:
         """Multiply int8 codes, four a word, uint32 [tokens, 4 * words], by our own kernels."""
-        return ternary_product(self._codes, activations)
+        return ternary_product(self.codes, activations)
 
     def arrays(self) -> list[mx.array]:
         """Return all arrays of the matrix, to be computed by the thread that made them."""
-        return [self._codes, self._scales, self._biases]
+        return [self.codes, self._scales, self._biases]
 
     def __call__(self, x: mx.array) -> mx.array:
         """Multiply float32 [tokens, in] with the matrix: float32 [tokens, out]."""
         if self._padding:
             x = mx.pad(x, [(0, 0), (0, self._padding)])
         return mx.quantized_matmul(
-            x, self._codes, self._scales, self._biases, group_size=self._group, bits=2
+            x, self.codes, self._scales, self._biases, group_size=self._group, bits=2
         )
 
 

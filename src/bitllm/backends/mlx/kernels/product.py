@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from bitllm.backends.mlx.kernels.launch import MetalKernel
 
-__all__ = ["MATVEC_TOKENS", "ternary_product"]
+__all__ = ["MATVEC_TOKENS", "TILES", "VECTOR", "multiply", "ternary_product"]
 
 MATVEC_TOKENS = 4
 """Up to so many tokens, rows of the matrix are read for each token, and not unpacked for many."""
@@ -152,12 +152,16 @@ def ternary_product(codes: mx.array, activations: mx.array) -> mx.array:
     Returns:
         Whole numbers in float32 [tokens, rows].
     """
+    return multiply(VECTOR if len(activations) <= MATVEC_TOKENS else TILES, codes, activations)
+
+
+def multiply(kernel: MetalKernel, codes: mx.array, activations: mx.array) -> mx.array:
+    """Multiply with `VECTOR` or `TILES`; else like `ternary_product`."""
     tokens, (rows, words) = len(activations), codes.shape
-    few = tokens <= MATVEC_TOKENS
     groups = (-(-rows // _VECTOR_ROWS), tokens)
-    if not few:
+    if kernel is TILES:
         groups = (-(-rows // _TILE_ROWS), -(-tokens // _TILE_TOKENS))
-    (products,) = (VECTOR if few else TILES)(
+    (products,) = kernel(
         [codes, activations],
         constants={"WORDS": words},
         groups=groups,
