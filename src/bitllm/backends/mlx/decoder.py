@@ -18,6 +18,7 @@ from bitllm.backends.base import (
     StepOutput,
     check_batch,
 )
+from bitllm.backends.mlx.adapters import AdapterSlots
 from bitllm.backends.mlx.attention import Angles, KvCache, group_runs
 from bitllm.backends.mlx.kernels import head_logits, use_kernels
 from bitllm.backends.mlx.kernels.head import HEAD_TOKENS
@@ -25,7 +26,7 @@ from bitllm.backends.mlx.layer import Layer
 from bitllm.backends.mlx.tensors import to_host, to_mlx, vector
 from bitllm.backends.sampling import step_output
 from bitllm.checkpoint import LINEAR_NAMES, Checkpoint, ModelSpec
-from bitllm.errors import ConfigError, QuantizationError
+from bitllm.errors import ConfigError, InsufficientMemoryError, QuantizationError
 
 __all__ = ["MlxDecoder"]
 
@@ -42,6 +43,7 @@ class MlxDecoder:
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self.spec = spec = checkpoint.spec
+        self._adapters = AdapterSlots()
         self._max_batch_tokens = options.max_batch_tokens
         self._embed = to_mlx(checkpoint.dense("embed"))
         self._head = self._embed if spec.tied_head else to_mlx(checkpoint.dense("head"))
@@ -85,7 +87,7 @@ class MlxDecoder:
             ConfigError: the batch contradicts itself or the model.
             QuantizationError: activations have become NaN or infinite.
         """
-        check_batch(batch, self.spec, self._blocks, self._max_batch_tokens)
+        check_batch(batch, self.spec, self._blocks, self._max_batch_tokens, self._adapters.used)
         h = self._hidden(batch)
         finite = mx.all(mx.isfinite(h))
         hidden = mx.fast.rms_norm(
@@ -102,10 +104,11 @@ class MlxDecoder:
     def _hidden(self, batch: Batch) -> mx.array:
         """Return the hidden states after the last layer, float32 [tokens, hidden]."""
         layout = group_runs(batch, self._windows)
+        adapted = self._adapters.of_step(batch)
         angles = {rope: Angles.of(batch.positions, rope) for rope in self._ropes}
         h = self._embed[mx.array(batch.token_ids)].astype(mx.float32) * self.spec.embedding_scale
         for layer, cache in zip(self._layers, self._caches, strict=True):
-            h = layer(h, layout, angles[layer.spec.rope], cache)
+            h = layer(h, layout, angles[layer.spec.rope], cache, adapted)
         mx.eval(h, [cache.arrays for cache in self._caches])
         return h
 
@@ -175,23 +178,22 @@ class MlxDecoder:
         mx.eval(arrays)
 
     def load_adapter(self, adapter: Adapter) -> int:
-        """Refuse an adapter: this backend has no products for them.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            f"{adapter.origin}: the mlx device runs no adapters",
-            hint="load the model with device='cpu'",
-        )
+        """Copy an adapter and return its slot; see `bitllm.backends.base.Decoder.load_adapter`."""
+        try:
+            return self._adapters.load(adapter, self.spec)
+        except (MemoryError, RuntimeError) as error:
+            raise InsufficientMemoryError(
+                f"{adapter.origin}: the adapter does not fit into the device's memory: {error}",
+                hint="unload another adapter, or load the model with a shorter context",
+            ) from error
 
     def unload_adapter(self, slot: int) -> None:
-        """Refuse: none can be loaded.
+        """Free an adapter.
 
         Raises:
-            ConfigError: always.
+            ConfigError: there is no adapter in this slot.
         """
-        raise ConfigError(f"there is no adapter in slot {slot}")
+        self._adapters.unload(slot)
 
     def adapter_bytes(self, adapter: Adapter) -> int:
         """Return the bytes of an adapter's matrices as they are stored."""
@@ -206,6 +208,7 @@ class MlxDecoder:
     def close(self) -> None:
         """Free weights and KV storage; the decoder cannot be used afterwards."""
         self._layers, self._caches, self._blocks = [], [], 0
+        self._adapters = AdapterSlots()
         self._embed = self._head = mx.zeros((0,))
         self._head_words = None
 
