@@ -95,11 +95,13 @@ def _products(bandwidth: float, *, small: bool) -> Iterator[tuple[str, ...]]:
     vocab, hidden = (512, 64) if small else HEAD_SHAPE
     head = mx.zeros((vocab, hidden), mx.bfloat16)
     x = mx.ones((1, hidden))
-    runs = {"mlx": lambda: x @ head.astype(mx.float32).T}
+    heads: dict[str, Callable[[], list[mx.array]]] = {
+        "mlx": lambda: [x @ head.astype(mx.float32).T]
+    }
     if use_kernels():
-        runs["bitllm"] = lambda: head_logits(head.view(mx.uint32), x)
-    for kernel, run in runs.items():
-        spent = _seconds(lambda run=run: [run()])  # type: ignore[misc]
+        heads["bitllm"] = lambda: [head_logits(head.view(mx.uint32), x)]
+    for kernel, run in heads.items():
+        spent = _seconds(run)
         yield _row("head", 1, kernel, spent, head.nbytes / spent, bandwidth)
 
 
