@@ -21,7 +21,7 @@ CTEST        := ctest --output-on-failure --no-tests=error
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo install test native-test coverage-native test-slow sanitize emulate aarch64 \
-        fuzz verify-large check format docs bench clean
+        fuzz mac-check verify-large check format docs bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -117,6 +117,9 @@ fuzz: install  ## fuzz the readers of file headers; FUZZ_SECONDS=N for each, inp
 	$(BIN)/python tests/fuzz/run.py safetensors --seconds $(FUZZ_SECONDS) --corpus build/fuzz/safetensors
 	$(BIN)/python tests/fuzz/run.py gguf --seconds $(FUZZ_SECONDS) --corpus build/fuzz/gguf
 	$(BIN)/python tests/fuzz/run.py config --seconds $(FUZZ_SECONDS) --corpus build/fuzz/config
+
+mac-check: install  ## on a Mac: tests, self-tests and speed of the mlx device, to paste
+	$(BIN)/python benchmarks/mac.py
 
 verify-large: install  ## evidence at 2B size: several GB of disk and memory, figures to stdout
 	$(BIN)/python benchmarks/make_checkpoint.py --shape 2b build/models/2b

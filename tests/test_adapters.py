@@ -21,7 +21,7 @@ from bitllm.errors import ConfigError, InsufficientMemoryError, QuantizationErro
 from synthetic import SWITCHES, random_adapter, random_checkpoint, tiny_spec
 
 ISAS = _native.kernel_names()
-DEVICES = ["reference", "cpu"]
+DEVICES = ["reference", "cpu", "mlx"]
 
 
 def load(device: str, checkpoint: Checkpoint, **options: object) -> Decoder:
@@ -30,6 +30,10 @@ def load(device: str, checkpoint: Checkpoint, **options: object) -> Decoder:
 
 def assert_same_bits(one: np.ndarray, other: np.ndarray) -> None:
     np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+def assert_near(one: np.ndarray, other: np.ndarray) -> None:
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -119,8 +123,10 @@ def test_rows_without_adapter_are_those_of_the_model_itself(device):
     assert_same_bits(logits_of(decoder, ids), plain)
     runs = [Run(ids, 0, [3], slot), Run(ids, 0, [0], -1), Run(ids, 0, [5], slot)]
     mixed = decoder.forward(make_batch(runs)).logits
-    assert_same_bits(mixed[20:40], plain)
-    assert_same_bits(mixed[40:], mixed[:20])
+    # MLX chooses the order of float sums by the number of rows.
+    same = assert_near if device == "mlx" else assert_same_bits
+    same(mixed[20:40], plain)
+    same(mixed[40:], mixed[:20])
     assert (mixed[:20] != plain).any()
 
 

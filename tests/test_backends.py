@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
+import platform
 import sys
 
 import pytest
 
 from bitllm.backends import DEVICE_VARIABLE, DEVICES, choose_device, get_backend
 from bitllm.backends.base import LoadOptions
+from bitllm.cli.run import run
 from bitllm.errors import BackendUnavailableError, ConfigError
 
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
     monkeypatch.delenv(DEVICE_VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+
+
+def on_a_mac(monkeypatch, machine="arm64", with_mlx=True):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: with_mlx or None if name == "mlx" else found(name)
+    )
 
 
 @pytest.mark.parametrize("device", ["auto", None, ""])
@@ -21,6 +34,32 @@ def test_auto_takes_the_cpu_and_says_so(device):
     choice = choose_device(device)
     assert choice.name == "cpu"
     assert "auto" in choice.reason
+
+
+def test_auto_takes_the_gpu_of_a_mac_where_mlx_is_installed(monkeypatch):
+    on_a_mac(monkeypatch)
+    choice = choose_device()
+    assert (choice.name, "MLX is installed" in choice.reason) == ("mlx", True)
+    assert choose_device("cpu").name == "cpu"
+    monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
+    assert choose_device().name == "cpu"
+
+
+def test_auto_says_what_a_mac_lacks(monkeypatch):
+    on_a_mac(monkeypatch, with_mlx=False)
+    assert choose_device().name == "cpu"
+    assert "pip install 'bitllm[mlx]'" in choose_device().reason
+
+
+def test_auto_leaves_macs_with_intel_to_the_cpu(monkeypatch):
+    on_a_mac(monkeypatch, machine="x86_64")
+    assert choose_device().name == "cpu"
+    assert "mlx" not in choose_device().reason
+
+
+def test_the_command_line_names_every_device():
+    (shown,) = [each for each in run.params if each.name == "device"]
+    assert shown.metavar.split("|") == [*DEVICES]
 
 
 def test_the_environment_decides_where_no_argument_does(monkeypatch):

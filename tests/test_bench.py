@@ -17,6 +17,8 @@ import pytest
 from bitllm import ops
 from bitllm.backends.base import Batch, LoadOptions, OutputKind, StepOutput, check_batch
 from bitllm.backends.cpu import CpuBackend, CpuDecoder
+from bitllm.backends.mlx import MlxDecoder
+from bitllm.backends.mlx import device as mlx_device
 from bitllm.bench import BenchSettings, gate, machine, operations, run_bench
 from bitllm.bench.model import HeadUse, SpeedRow, StageRow, Timed, TimedStage, Workbench
 from bitllm.bench.needs import Need, Needs, nominal_bytes
@@ -222,7 +224,7 @@ def test_rates_are_fractions_of_the_limits() -> None:
     ("need", "told"),
     [
         (Need(nbytes=1040_000_000), ["104% of the read bandwidth"]),
-        (Need(ternary=8 * 10**9), ["200% of the int8 peak"]),
+        (Need(ternary=8 * 10**9), ["200% of the multiplication peak"]),
         (Need(nbytes=round(1e9 * (1 + TOLERANCE))), []),
     ],
 )
@@ -466,8 +468,63 @@ def test_defaults_stay_within_the_context(model: Path) -> None:
 
 def test_another_device_is_refused(model: Path) -> None:
     settings = dataclasses.replace(SETTINGS, engine=EngineOptions(device="reference"))
-    with pytest.raises(ConfigError, match="bench measures the cpu device, not reference"):
+    with pytest.raises(ConfigError, match="bench measures the devices cpu and mlx, not reference"):
         run_bench(str(model), settings)
+
+
+@pytest.fixture
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX on a CPU reads slower in one way than in another; no limit is judged here."""
+    monkeypatch.setattr(mlx_device, "read_bandwidth", lambda nbytes: 1e15)
+    monkeypatch.setattr(mlx_device, "peak_multiplications", lambda: 1e18)
+
+
+MLX = dataclasses.replace(
+    SETTINGS, profile=False, engine=EngineOptions(device="mlx", max_batch_tokens=32)
+)
+
+
+def test_the_mlx_device_is_measured(model: Path, quick_limits: None) -> None:
+    found = run_bench(str(model), MLX)
+    assert (found.backend, found.packing, found.head) == ("mlx", "2bit", "full")
+    assert [(row.work, row.batch, row.depth) for row in found.speed][:4] == [
+        ("prefill", 1, 0),
+        ("prefill", 1, 0),
+        ("decode", 1, 0),
+        ("decode", 1, 33),
+    ]
+    weights = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64) // 4
+    assert found.speed[2].bytes_read == weights + 640 * 32 * 2 + 2 * 2 * 16 * 2 * 2
+    assert not found.impossible
+    text = "\n".join(report_lines(found))
+    assert "up to the order of float sums" in text
+    assert "of peak" in text
+    assert "of int8" not in text
+
+
+def test_wrong_logits_of_mlx_are_not_timed(
+    model: Path, quick_limits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = MlxDecoder._logits
+    monkeypatch.setattr(MlxDecoder, "_logits", lambda self, hidden: 1.1 * right(self, hidden))
+    with pytest.raises(MeasurementError, match=r"by 0\.01 of their squares, and 0 of"):
+        run_bench(str(model), MLX)
+    monkeypatch.setattr(MlxDecoder, "_logits", lambda self, hidden: -right(self, hidden))
+    with pytest.raises(MeasurementError, match="by 4 of their squares"):
+        run_bench(str(model), MLX)
+
+
+def test_limits_of_mlx_are_measured() -> None:
+    limits = Limits.of_mlx(1 << 22)
+    assert (limits.buffer, limits.threads) == (1 << 22, 1)
+    assert limits.bandwidth > 1e6
+    assert limits.multiplications > 1e6
+
+
+@pytest.mark.parametrize("option", ["profile", "tune"])
+def test_what_only_the_cpu_has_is_refused(model: Path, option: str) -> None:
+    with pytest.raises(ConfigError, match="not mlx"):
+        run_bench(str(model), dataclasses.replace(MLX, **{option: True}))
 
 
 # Small work

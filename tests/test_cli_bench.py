@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from bitllm.bench import run
+from bitllm.bench import model as workbench
 from bitllm.bench.random_model import Shape, write_checkpoint
 from bitllm.bench.roofline import Limits
 from bitllm.cli.app import app
@@ -111,7 +111,7 @@ def test_a_figure_above_the_limits_is_an_error(
         def measure(*_: object) -> Limits:
             return slow
 
-    monkeypatch.setattr(run, "Limits", SlowLimits)
+    monkeypatch.setattr(workbench, "Limits", SlowLimits)
     result = bench("-m", model, *QUICK)
     assert result.exit_code == 1
     assert result.stdout.count("IMPOSSIBLE") == 6

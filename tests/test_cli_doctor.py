@@ -17,6 +17,9 @@ import bitllm
 from bitllm import ops
 from bitllm.backends import cpu
 from bitllm.backends.base import Batch, StepOutput
+from bitllm.backends.mlx import device as mlx_device
+from bitllm.backends.mlx.device import DeviceFacts
+from bitllm.backends.mlx.linear import PackedMatrix
 from bitllm.cli import checks, machine
 from bitllm.cli.app import app
 from bitllm.cli.checks import check_demo, run_checks
@@ -66,6 +69,7 @@ def test_json_holds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert document["healthy"] is True
     assert [check["name"] for check in document["checks"]] == [
         *(f"kernels {name}" for name in KERNELS),
+        "mlx",
         "demo model",
     ]
     assert all(check["passed"] for check in document["checks"])
@@ -76,6 +80,37 @@ def test_json_holds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(speeds) == {"1", str(document["cpu"]["physical_cores"])}
     assert all(speed > 0 for speed in speeds.values())
     assert document["storage"]["free"] > 0
+
+
+def test_the_device_of_mlx_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_demo(monkeypatch)
+    assert "(no Metal: MLX runs on the CPU, slowly)" in doctor().stdout
+    facts = DeviceFacts("0.32", "Apple M9", True, 16 * 10**9, 12 * 10**9, 0)
+    monkeypatch.setattr(mlx_device, "device_facts", lambda: facts)
+    told = doctor().stdout
+    assert "mlx        Apple M9 (through Metal)" in told
+    assert "12 GB of 16 GB for the GPU" in told
+    assert json.loads(doctor("--json").stdout)["mlx"]["name"] == "Apple M9"
+
+
+def test_without_mlx_nothing_is_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_demo(monkeypatch)
+    monkeypatch.setitem(sys.modules, "bitllm.backends.mlx.device", None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    result = doctor()
+    assert result.exit_code == 0
+    assert "\nmlx " not in result.stdout
+    assert "PASS  mlx" not in result.stdout
+
+
+def test_a_wrong_product_of_mlx_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_demo(monkeypatch)
+    product = PackedMatrix.__call__
+    monkeypatch.setattr(PackedMatrix, "__call__", lambda self, x: product(self, x) + (len(x) == 40))
+    result = doctor()
+    assert result.exit_code == 1
+    assert "FAIL  mlx" in result.stdout
+    assert "640 of 640 sums differ in 16 x 2560 codes times 40" in result.stdout
 
 
 @pytest.mark.parametrize("isa", KERNELS)

@@ -12,6 +12,7 @@ import pytest
 
 from bitllm.backends import cpu, get_backend
 from bitllm.backends.base import LoadOptions
+from bitllm.backends.mlx import device as mlx_device
 from bitllm.checkpoint import Checkpoint, DenseTensor, ModelSpec, TernaryMatrix
 from bitllm.config import EngineOptions
 from bitllm.engine import memory_plan
@@ -153,6 +154,24 @@ def test_the_table_is_aligned() -> None:
     ]
 
 
+def norm_bytes(spec: ModelSpec) -> int:
+    """Bytes of the norms in float32, which `DecoderInfo.weight_bytes` leaves out."""
+    shapes = spec.dense_shapes().values()
+    return 4 * sum(shape[0] for shape in shapes if len(shape) == 1)
+
+
+def test_metal_recommends_no_more_than_its_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = mlx_device.DeviceFacts("0", "M", True, 16 * GIB, 3000, 1000)
+    monkeypatch.setattr(mlx_device, "device_facts", lambda: facts)
+    assert memory_plan.available_memory("mlx") == 2000
+    assert plan(available=None, device="mlx").available == 2000
+    assert plan(available=None, device="reference").available != 2000
+    monkeypatch.setattr(mlx_device, "device_facts", lambda: replace(facts, active=5000))
+    assert memory_plan.available_memory("mlx") == 0
+    monkeypatch.setitem(sys.modules, "bitllm.backends.mlx.device", None)
+    assert memory_plan.available_memory("mlx") == memory_plan.available_memory("reference")
+
+
 @pytest.mark.parametrize(
     ("device", "rows", "options"),
     [
@@ -162,6 +181,7 @@ def test_the_table_is_aligned() -> None:
         ("cpu", 512, {"packing": "2bit", "head": "int8", "kv_dtype": "fp32"}),
         ("reference", 1, {}),
         ("reference", 512, {}),
+        ("mlx", 512, {"kv_dtype": "int8"}),
     ],
 )
 def test_the_plan_covers_what_a_decoder_takes(
@@ -181,6 +201,8 @@ def test_the_plan_covers_what_a_decoder_takes(
     taken = decoder.info
     decoder.close()
     assert taken.kv_bytes == wanted.kv
+    if device == "mlx":
+        assert taken.weight_bytes == wanted.weights - norm_bytes(checkpoint.spec)
     left = 0 if "head" not in options else checkpoint.dense("embed").nbytes * 2  # in the file
     assert 0.8 * wanted.weights < taken.weight_bytes - left < 1.2 * wanted.weights
     if device == "cpu":

@@ -10,6 +10,8 @@ rules of the comparison with transformers (test_transformers_oracle.py).
 
 from __future__ import annotations
 
+import gc
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -33,7 +35,14 @@ from bitllm.errors import (
     UnsupportedModelError,
 )
 from bitllm.ternary import matmul_int32, quantize_activations
-from synthetic import SWITCHES, random_checkpoint, random_codes, random_uniform, tiny_spec
+from synthetic import (
+    SWITCHES,
+    random_adapter,
+    random_checkpoint,
+    random_codes,
+    random_uniform,
+    tiny_spec,
+)
 
 CPU = torch.device("cpu")
 BACKENDS: dict[str, Backend] = {"mlx": get_backend("mlx"), "cuda": CudaBackend(CPU, kernels=False)}
@@ -142,6 +151,24 @@ def test_runs_of_several_lengths_share_a_step(backend):
     assert error_of(found, wanted) < 1e-3
 
 
+def test_runs_with_adapters_and_without_share_a_step():
+    """Rows of each run have added what its own adapter says, as in the reference."""
+    checkpoint = random_checkpoint(tiny_spec(linear_norm_eps=1e-6, bias=True))
+    outputs = []
+    for name in ("reference", "mlx"):
+        decoder = get_backend(name).load(checkpoint, LoadOptions(kv_tokens=256))
+        adapters = [random_adapter(decoder.spec, seed, rank=seed + 2) for seed in range(2)]
+        one, two = map(decoder.load_adapter, adapters)
+        runs = [
+            Run(prompt_ids(count, 101, count), 0, [block], slot)
+            for block, (count, slot) in enumerate([(20, one), (7, -1), (20, two), (1, one)])
+        ]
+        outputs.append(decoder.forward(make_batch(runs)).logits)
+    wanted, found = outputs
+    for start, stop in pairwise([0, 20, 27, 47, 48]):
+        assert error_of(found[start:stop], wanted[start:stop]) < 1e-3
+
+
 @pytest.mark.parametrize("device", ["mlx"])
 def test_the_demo_model_writes_the_same(device):
     prompts = ["The list", "def", "A string is"]
@@ -166,6 +193,23 @@ def test_the_code_three_is_refused(backend):
 def test_options_of_the_cpu_are_refused(backend, option, value):
     with pytest.raises(ConfigError, match=value):
         backend.load(random_checkpoint(tiny_spec()), LoadOptions(**{option: value}))
+
+
+def test_matrices_of_a_shape_share_their_scales():
+    def matrix(rows, columns):
+        codes = random_codes(3, "codes", (rows, columns))
+        return mlx_linear.PackedMatrix(TernaryMatrix.from_codes(codes, np.float32(1)), "m")
+
+    one, same, other = matrix(9, 256), matrix(9, 256), matrix(9, 384)
+    assert one._scales is same._scales
+    assert one._scales.shape != other._scales.shape
+    assert one.nbytes == 9 * 256 // 4
+    kept = mlx_linear._unit_scales
+    assert kept[9, 2].scales is one._scales
+    del one, same
+    gc.collect()
+    assert (9, 2) not in kept
+    assert (9, 3) in kept
 
 
 def test_small_groups_are_refused_where_they_do_not_run():

@@ -12,7 +12,10 @@ device that was asked for and is missing raises. Nothing falls back silently.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import platform
+import sys
 from dataclasses import dataclass
 from typing import cast
 
@@ -49,7 +52,7 @@ def choose_device(device: str | None = "auto") -> DeviceChoice:
 
     Args:
         device: a name of `DEVICES`; "auto" or None follows BITLLM_DEVICE, and without it takes the
-            CPU, the fastest backend there is so far.
+            GPU of a Mac with Apple silicon where MLX is installed, and the CPU everywhere else.
 
     Raises:
         ConfigError: an unknown name; says whether it came from the environment.
@@ -58,12 +61,23 @@ def choose_device(device: str | None = "auto") -> DeviceChoice:
     if asked == "auto":
         asked, origin = os.environ.get(DEVICE_VARIABLE) or "auto", f"set by {DEVICE_VARIABLE}"
     if asked == "auto":
-        return DeviceChoice("cpu", "chosen by auto: the native decoder")
+        return _automatic()
     if asked not in _BACKENDS:
         raise ConfigError(
             f"unknown device {asked!r}, {origin}", hint=f"choose one of {', '.join(DEVICES)}"
         )
     return DeviceChoice(asked, origin)
+
+
+def _automatic() -> DeviceChoice:
+    """Choose by the machine alone, so that a plan and a load choose alike."""
+    if (sys.platform, platform.machine()) != ("darwin", "arm64"):
+        return DeviceChoice("cpu", "chosen by auto: the native decoder")
+    if importlib.util.find_spec("mlx") is None:
+        return DeviceChoice(
+            "cpu", f"chosen by auto: the GPU of this Mac needs `pip install '{_EXTRAS['mlx']}'`"
+        )
+    return DeviceChoice("mlx", "chosen by auto: Apple silicon, and MLX is installed")
 
 
 def get_backend(device: str | None = "auto") -> Backend:

@@ -7,7 +7,13 @@ from typing import Literal
 from bitllm.checkpoint import ModelSpec
 from bitllm.config import HeadName, KvDtype
 
-__all__ = ["Packing", "kv_bytes_per_token", "rounded_head_bytes", "ternary_bytes"]
+__all__ = [
+    "Packing",
+    "kv_bytes_per_token",
+    "mlx_ternary_bytes",
+    "rounded_head_bytes",
+    "ternary_bytes",
+]
 
 Packing = Literal["2bit", "base3"]
 
@@ -18,6 +24,7 @@ _SCALE_BYTES = 4
 _SCREEN_ROWS, _SCREEN_GROUP = 16, 64
 _SCREEN_GROUP_BYTES = 34  # of 64 columns in 4 bits, and their scale
 _WORTH_SCREENING = 32 << 20
+_MLX_COLUMNS = 32  # rows are padded to a multiple of this
 
 
 def ternary_bytes(spec: ModelSpec, packing: Packing) -> int:
@@ -28,6 +35,19 @@ def ternary_bytes(spec: ModelSpec, packing: Packing) -> int:
     weights = _BLOCK_WEIGHTS[packing]
     return sum(
         linear.out_features * -(-linear.in_features // weights) * _BLOCK_BYTES
+        for _, linear in spec.linear_names()
+    )
+
+
+def mlx_ternary_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of all ternary matrices as MLX reads them.
+
+    Four codes a byte, in rows of whole groups of 32 columns or more. The scales 1 and biases -1
+    of MLX's format are shared by all matrices of a shape and left out; so are scales of groups,
+    which only the weights tell of.
+    """
+    return sum(
+        linear.out_features * -(-linear.in_features // _MLX_COLUMNS) * (_MLX_COLUMNS // 4)
         for _, linear in spec.linear_names()
     )
 

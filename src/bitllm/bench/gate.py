@@ -17,8 +17,18 @@ from bitllm.bench.steps import Run, Sequences, prompt_ids
 from bitllm.checkpoint import Checkpoint
 from bitllm.errors import MeasurementError
 
-__all__ = ["CONTEXT", "SEQUENCES", "Evidence", "evidence", "reference_evidence", "require_equal"]
+__all__ = [
+    "CONTEXT",
+    "SEQUENCES",
+    "Evidence",
+    "evidence",
+    "reference_evidence",
+    "require_equal",
+    "require_near",
+]
 
+LARGEST_ERROR = 1e-3
+"""Of logits against others: the sum of squared differences over that of squares."""
 PROMPT_TOKENS = 19
 """No multiple of what kernels take at once."""
 DECODED_TOKENS = 3
@@ -103,5 +113,28 @@ def require_equal(found: Evidence, wanted: Evidence, what: str) -> None:
         raise MeasurementError(
             f"{what}: {wrong.sum()} of {wrong.size} logits and {missed.sum()} of {missed.size}"
             " tokens differ from those of the scalar kernels, so its speed means nothing",
+            hint="run bitllm doctor, and report its output",
+        )
+
+
+def require_near(found: Evidence, wanted: Evidence, what: str) -> None:
+    """Refuse output of a device that adds floats in an order of its own, where it is too far off.
+
+    The rule of the comparison with other implementations: a normalised squared error of at most
+    `LARGEST_ERROR`, and other tokens only where the two best logits are closer than four times the
+    row's difference.
+
+    Raises:
+        MeasurementError: what differs; nothing may be measured then.
+    """
+    difference = found.logits.astype(np.float64) - wanted.logits
+    error = float((difference**2).sum() / (wanted.logits.astype(np.float64) ** 2).sum())
+    lowest = np.take_along_axis(wanted.logits, found.tokens[:, None], axis=1)[:, 0]
+    gaps = wanted.logits.max(axis=1) - lowest
+    missed = int((gaps > 4 * np.abs(difference).max(axis=1)).sum())
+    if not error <= LARGEST_ERROR or missed:
+        raise MeasurementError(
+            f"{what}: logits differ from those of the scalar kernels by {error:.2g} of their"
+            f" squares, and {missed} of {len(gaps)} tokens, so its speed means nothing",
             hint="run bitllm doctor, and report its output",
         )

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from bitllm.backends.base import DecoderInfo, LoadOptions
+from bitllm.backends.base import Backend, Decoder, DecoderInfo, LoadOptions
 from bitllm.backends.cpu import CpuBackend, CpuDecoder
 from bitllm.bench.machine import PeakMemory, memory
 from bitllm.bench.needs import Need, Needs
@@ -163,6 +164,7 @@ class Workbench:
         path: the model directory.
         options: how it is loaded; `kv_tokens` must hold what is measured.
         repeats: runs of each figure.
+        backend: the device; None = the CPU.
         say: told what is being done.
     """
 
@@ -171,6 +173,7 @@ class Workbench:
         path: Path,
         options: LoadOptions,
         *,
+        backend: Backend | None = None,
         repeats: int,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -178,7 +181,8 @@ class Workbench:
         self._options = options
         self._repeats = repeats
         self._say = say
-        self._decoder: CpuDecoder | None = None
+        self._backend = CpuBackend() if backend is None else backend
+        self._decoder: Decoder | None = None
         self._peak = PeakMemory()
         checkpoint = open_checkpoint(path)
         self._head = checkpoint.dense("embed" if checkpoint.spec.tied_head else "head")
@@ -191,10 +195,27 @@ class Workbench:
             self._decoder.close()
 
     @property
-    def decoder(self) -> CpuDecoder:
+    def decoder(self) -> Decoder:
         """The loaded model."""
         assert self._decoder is not None, "load() comes first"
         return self._decoder
+
+    @property
+    def _native(self) -> CpuDecoder:
+        """The loaded model of the CPU, which alone times its stages."""
+        assert isinstance(self.decoder, CpuDecoder)
+        return self.decoder
+
+    def _head_counts(self) -> dict[str, int]:
+        if isinstance(self.decoder, CpuDecoder):
+            return self.decoder.head_statistics
+        return {"rescored": 0, "full": 0}
+
+    def limits(self) -> Limits:
+        """Measure what this machine can do at most with the bytes of this model."""
+        if self.info.backend == "mlx":
+            return Limits.of_mlx(self.step_bytes)
+        return Limits.measure(self.info.kernel, self.info.threads, self.step_bytes)
 
     @property
     def spec(self) -> ModelSpec:
@@ -231,7 +252,7 @@ class Workbench:
         )
 
     def _load(self) -> None:
-        self._decoder = CpuBackend().load(open_checkpoint(self._path), self._options)
+        self._decoder = self._backend.load(open_checkpoint(self._path), self._options)
 
     def peak_memory(self) -> dict[str, int]:
         """Return the highest resident bytes of the first load, and now: anonymous, file, all."""
@@ -279,16 +300,16 @@ class Workbench:
             steps, run = tokens, [(depth + tokens // 2, 1)]
             action = partial(sequences.decode, depth, tokens)
         action()
-        before = self.decoder.head_statistics
+        before = self._head_counts()
         runs = []
         for _ in range(self._repeats):
-            self.decoder.measure_stages(True)
+            self._native.measure_stages(True)
             action()
-            runs.append(self.decoder.stage_seconds())
-        self.decoder.measure_stages(False)
+            runs.append(self._native.stage_seconds())
+        self._native.measure_stages(False)
         # One run that was: stages of the median run add up to what it took.
         spent = sorted(runs, key=lambda run: sum(run.values()))[len(runs) // 2]
-        head = HeadUse.between(before, self.decoder.head_statistics, self._repeats * steps)
+        head = HeadUse.between(before, self._head_counts(), self._repeats * steps)
         need = self._needs(head).step(run, 1)
         total = sum(spent.values())
         return [
@@ -304,9 +325,9 @@ class Workbench:
         sequences.decode(0, tokens)
         samples = []
         for _ in range(self._repeats):
-            self.decoder.measure_stages(False)
+            self._native.measure_stages(False)
             sequences.decode(0, tokens)
-            samples.append(self.decoder.step_seconds() / tokens)
+            samples.append(self._native.step_seconds() / tokens)
         return Spread.of(samples)
 
     def _fill(self, sequences: Sequences, depth: int) -> None:
@@ -316,18 +337,19 @@ class Workbench:
             sequences.share_prompt()
 
     def _time(self, action: Callable[[], None], steps: int) -> tuple[Spread, HeadUse]:
-        before = self.decoder.head_statistics
+        before = self._head_counts()
         run = repeat(action, self._repeats)
         runs = self._repeats + 1
-        return run, HeadUse.between(before, self.decoder.head_statistics, runs * steps)
+        return run, HeadUse.between(before, self._head_counts(), runs * steps)
 
     def _needs(self, head: HeadUse) -> Needs:
         row = self._head.nbytes // self.spec.vocab_size
-        whole = self.decoder.rounded_head_bytes or self._head.nbytes
+        decoder: Any = self.decoder  # of the CPU or of MLX: both know their packed bytes
+        whole = getattr(decoder, "rounded_head_bytes", 0) or self._head.nbytes
         return Needs(
             self.spec,
             self.info.packing or "2bit",
-            self.decoder.packed_bytes(),
+            decoder.packed_bytes(),
             round(whole + head.exact_rows * row + head.fallbacks * self._head.nbytes),
             self._options.kv_dtype,
         )

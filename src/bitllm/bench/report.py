@@ -28,10 +28,11 @@ SPEED_HEAD = (
 def report_lines(result: BenchResult) -> Iterator[str]:
     """Yield the lines of the whole report."""
     yield from _facts(result)
+    cpu = result.backend == "cpu"
     if result.speed:
         yield ""
         yield from table(
-            SPEED_HEAD,
+            SPEED_HEAD if cpu else [head.replace("of int8", "of peak") for head in SPEED_HEAD],
             [_speed_cells(row) for row in result.speed],
         )
     for work in dict.fromkeys(row.work for row in result.stages):
@@ -110,11 +111,13 @@ def _facts(result: BenchResult) -> Iterator[str]:
         f"{result.model}: kernels {result.kernel}, {result.threads} threads, packing"
         f" {result.packing}, head {result.head}, KV cache {result.kv_dtype}",
     )
-    yield _fact("output", "equal to that of the scalar kernels")
+    cpu = result.backend == "cpu"
+    same = "equal to that of the scalar kernels"
+    yield _fact("output", same if cpu else f"{same}, up to the order of float sums")
     yield _fact(
         "limits",
         f"{_figure(limits.bandwidth / 1e9)} GB/s read from {_figure(limits.buffer / 1e6)} MB,"
-        f" {_figure(limits.multiplications / 1e9)} GMAC/s in int8",
+        f" {_figure(limits.multiplications / 1e9)} GMAC/s in {'int8' if cpu else 'float'}",
     )
     tokenizer = "no tokenizer"
     if loading.tokenizer_s is not None:

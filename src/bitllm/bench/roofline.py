@@ -23,7 +23,8 @@ class Limits:
 
     Attributes:
         bandwidth: bytes a second, read from a buffer of `buffer` bytes.
-        multiplications: 8-bit multiplications a second in the kernel set's densest loop.
+        multiplications: 8-bit multiplications a second in the kernel set's densest loop; those of
+            MLX's own matrix product on the device "mlx".
         buffer: bytes of the buffer: of the weights, so that a model that fits into a cache is
             compared with that cache.
         threads: how many.
@@ -42,6 +43,14 @@ class Limits:
         return Limits(
             read_bandwidth(threads, buffer), peak_multiplications(isa, threads), buffer, threads
         )
+
+    @staticmethod
+    def of_mlx(nbytes: int) -> Limits:
+        """Measure what MLX reaches, with a buffer of about `nbytes` bytes."""
+        from bitllm.backends.mlx import device
+
+        buffer = min(nbytes, LARGEST_BUFFER)
+        return Limits(device.read_bandwidth(buffer), device.peak_multiplications(), buffer, 1)
 
     def best(self, other: Limits) -> Limits:
         """Return the higher figures of two measurements of the same thing."""
@@ -79,7 +88,7 @@ class Rates:
         """Say what is above its limit: then something was measured or counted wrongly."""
         for name, fraction in (
             ("read bandwidth", self.bandwidth_fraction),
-            ("int8 peak", self.peak_fraction),
+            ("multiplication peak", self.peak_fraction),
         ):
             if fraction > 1 + TOLERANCE:
                 yield f"{fraction:.0%} of the {name}"

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from bitllm.backends import choose_device
+from bitllm.backends import choose_device, get_backend
 from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions
 from bitllm.backends.cpu import CpuBackend
-from bitllm.bench.gate import CONTEXT, SEQUENCES, evidence, reference_evidence, require_equal
+from bitllm.bench.gate import (
+    CONTEXT,
+    SEQUENCES,
+    evidence,
+    reference_evidence,
+    require_equal,
+    require_near,
+)
 from bitllm.bench.machine import describe
 from bitllm.bench.model import Loading, SpeedRow, StageRow, Timed, TimedStage, Workbench
 from bitllm.bench.operations import LatencyRow, OperationRow, latencies, operations
@@ -40,7 +47,7 @@ class BenchSettings:
         batches: sequences side by side.
         repeats: runs of each figure.
         profile: also where the time of a step goes.
-        small: also single quantised operations, and the latency of small models.
+        small: also single quantised operations, and the latency of small models; cpu device only.
         tune: also which packing is faster; kept for later runs.
         engine: how the model is loaded; `context` is the longest sequence that may be measured.
     """
@@ -118,11 +125,17 @@ def run_bench(
         BitllmError: as `bitllm.load` raises it.
     """
     device = choose_device(settings.engine.device)
-    if device.name != "cpu":
+    if device.name not in ("cpu", "mlx"):
         raise ConfigError(
-            f"bench measures the cpu device, not {device.name} ({device.reason})",
-            hint="leave --device out",
+            f"bench measures the devices cpu and mlx, not {device.name} ({device.reason})",
+            hint="take --device cpu",
         )
+    if device.name != "cpu" and (settings.profile or settings.tune):
+        raise ConfigError(
+            f"only the cpu device has stages to profile and packings to tune, not {device.name}",
+            hint="leave --profile and --tune out, or take --device cpu",
+        )
+    backend = get_backend(device.name)
     files = resolve_model(ref)
     checkpoint = open_checkpoint(files.path)
     work = _Work.of(settings, checkpoint.spec)
@@ -134,12 +147,15 @@ def run_bench(
     if settings.tune:
         tokens, repeats = settings.generate, settings.repeats
         tuned = tune(files.path, options, wanted, tokens=tokens, repeats=repeats, say=say)
-    with Workbench(files.path, options, repeats=settings.repeats, say=say) as bench:
+    with Workbench(
+        files.path, options, repeats=settings.repeats, backend=backend, say=say
+    ) as bench:
         loading = bench.load()
         info = bench.info
-        require_equal(evidence(bench.decoder), wanted, f"{files.name} on {info.kernel}")
+        require = require_equal if device.name == "cpu" else require_near
+        require(evidence(bench.decoder), wanted, f"{files.name} on {info.kernel}")
         say("limits of this machine")
-        limits = Limits.measure(info.kernel, info.threads, bench.step_bytes)
+        limits = bench.limits()
         speed = list(work.one(bench))
         peak_memory = bench.peak_memory()
         speed += work.many(bench)
@@ -148,12 +164,12 @@ def run_bench(
             stages += bench.stages("decode", settings.generate, min(work.depths))
             stages += bench.stages("prefill", max(work.prompts), 0)
         # Once more: the machine may have been busy, and no figure may be above the limits.
-        limits = limits.best(Limits.measure(info.kernel, info.threads, bench.step_bytes))
+        limits = limits.best(bench.limits())
     rows = [SpeedRow.of(timed, limits) for timed in speed]
     packing = info.packing or "2bit"
     single: list[OperationRow] = []
     latency: list[LatencyRow] = []
-    if settings.small:
+    if settings.small and device.name == "cpu":
         say("quantised operations")
         single += operations(info.kernel, settings.engine.packing, info.threads, settings.repeats)
         latency += latencies(settings.engine.threads, settings.engine.isa, settings.repeats, say)

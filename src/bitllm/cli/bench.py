@@ -104,11 +104,12 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 def bench(model: str | None, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Measure the speed of a model beside what this machine can do.
 
-    Before anything is timed, the model's output is compared, bit for bit, with that of the scalar
-    kernels. Figures are medians; the spread is (max - min) / median. GB/s counts the weights, the
-    head and the keys and values that a step has to read; GMAC/s the int8 multiplications. Both
-    stand beside the part they are of what was measured on this machine in the same run; a figure
-    above that is an error, and the exit code is 1.
+    Before anything is timed, the model's output is compared with that of the scalar kernels: bit
+    for bit on the cpu device, up to the order of float sums on mlx. Figures are medians; the spread
+    is (max - min) / median. GB/s counts the weights, the head and the keys and values that a step
+    has to read; GMAC/s the int8 multiplications. Both stand beside the part they are of what was
+    measured on this machine in the same run; a figure above that is an error, and the exit code is
+    1.
 
     \b
     bitllm bench -m ./my-model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ def run_checks(*, verbose: bool = False) -> list[Check]:
         selftest = SelfTest()
         for name in kernel_names():
             tests[f"kernels {name}"] = partial(selftest.check, name)
+    if importlib.util.find_spec("mlx") is not None:
+        tests["mlx"] = _check_mlx
     tests["demo model"] = check_demo
     return [_try(name, test, verbose) for name, test in tests.items()]
 
@@ -57,6 +60,12 @@ def check_demo() -> str:
     if usage.completion_tokens != DEMO_TOKENS:
         raise CheckFailedError(f"wrote {usage.completion_tokens} of {DEMO_TOKENS} tokens")
     return f"wrote {DEMO_TOKENS} of {DEMO_TOKENS} tokens"
+
+
+def _check_mlx() -> str:
+    from bitllm.backends.mlx.selftest import check_products
+
+    return check_products()
 
 
 def _fail(reason: str) -> str:

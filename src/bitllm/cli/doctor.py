@@ -36,6 +36,7 @@ def doctor(ctx: click.Context, /, as_json: bool) -> None:
             ("cpu", machine.processor),
             ("kernels", machine.kernel_sets),
             ("device", machine.device),
+            ("mlx", machine.mlx_device),
             ("memory", machine.memory),
             ("storage", machine.storage),
             ("environment", machine.environment),
@@ -70,6 +71,7 @@ def _lines(facts: Mapping[str, Any], healthy: bool) -> Iterator[str]:
     yield from _table(
         "kernels", ((kernel["name"], kernel["reason"]) for kernel in facts["kernels"])
     )
+    yield from _mlx_lines(facts["mlx"])
     available = facts["memory"]["available"]
     yield f"memory     {'unknown' if available is None else format_bytes(available)} available"
     for threads, speed in facts["memory"]["bandwidth"].items():
@@ -83,6 +85,18 @@ def _lines(facts: Mapping[str, Any], healthy: bool) -> Iterator[str]:
         yield f"{verdict}  {check['name']:<18} {check['detail']} ({check['seconds']:.1f} s)"
     yield ""
     yield "all checks passed" if healthy else "SOMETHING IS WRONG: see FAIL above"
+
+
+def _mlx_lines(mlx: Mapping[str, Any] | None) -> Iterator[str]:
+    from bitllm.engine.memory_plan import format_bytes
+
+    if mlx is None:
+        return
+    kind = "through Metal" if mlx["metal"] else "no Metal: MLX runs on the CPU, slowly"
+    yield f"mlx        {mlx['name']} ({kind})"
+    if mlx["working_set"] is not None:
+        total = "" if mlx["memory"] is None else f" of {format_bytes(mlx['memory'])}"
+        yield f"           {format_bytes(mlx['working_set'])}{total} for the GPU"
 
 
 def _table(label: str, rows: Iterator[tuple[str, str]] | Any) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import shutil
@@ -14,12 +15,13 @@ __all__ = [
     "environment",
     "kernel_sets",
     "memory",
+    "mlx_device",
     "processor",
     "storage",
     "versions",
 ]
 
-PACKAGES = ("numpy", "tokenizers", "safetensors", "huggingface_hub", "torch", "transformers")
+PACKAGES = ("numpy", "tokenizers", "safetensors", "huggingface_hub", "torch", "transformers", "mlx")
 BANDWIDTH_BYTES = 1 << 28
 """Read to measure bandwidth: more than the last-level cache of most machines."""
 _X86 = {
@@ -95,6 +97,15 @@ def device() -> dict[str, str]:
     except BitllmError as error:
         return {"name": "none", "reason": error.message}
     return {"name": choice.name, "reason": choice.reason}
+
+
+def mlx_device() -> dict[str, Any] | None:
+    """Return what MLX computes on and the memory it may take; None where it is not installed."""
+    try:
+        from bitllm.backends.mlx.device import device_facts
+    except ImportError:
+        return None
+    return dataclasses.asdict(device_facts())
 
 
 def memory() -> dict[str, Any]:

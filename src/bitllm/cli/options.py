@@ -213,8 +213,9 @@ def _go_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None
 device_option: Decorator[Any] = option(
     "--device",
     callback=_leave_to_the_backend,
-    metavar="auto|cpu|reference",
-    help="What computes: native kernels (cpu) or plain NumPy (reference).",
+    metavar="auto|cpu|cuda|mlx|reference",
+    help="What computes: native kernels (cpu), an NVIDIA GPU (cuda), an Apple GPU (mlx), or plain"
+    " NumPy (reference). Default: auto, which says what it takes and why in `bitllm info`.",
 )
 
 engine_options: Decorator[Any] = together(

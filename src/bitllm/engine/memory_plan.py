@@ -9,7 +9,12 @@ from pathlib import Path
 
 from bitllm.backends import choose_device
 from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions
-from bitllm.backends.sizes import kv_bytes_per_token, rounded_head_bytes, ternary_bytes
+from bitllm.backends.sizes import (
+    kv_bytes_per_token,
+    mlx_ternary_bytes,
+    rounded_head_bytes,
+    ternary_bytes,
+)
 from bitllm.checkpoint import DTYPE_BYTES, Checkpoint, ModelSpec
 from bitllm.config import EngineOptions
 from bitllm.errors import ConfigError, InsufficientMemoryError
@@ -228,6 +233,8 @@ def _weight_bytes(checkpoint: Checkpoint, device: str, options: EngineOptions) -
     stored = sum(dense.values())
     if device == "reference":
         return stored + REFERENCE_CODE_BITS * ternary_bytes(spec, "2bit") // 2
+    if device == "mlx":
+        return stored + mlx_ternary_bytes(spec)
     # What "auto" means is known when the model is loaded: the larger packing is planned for.
     packed = ternary_bytes(spec, "2bit" if options.packing == "auto" else options.packing)
     head = "embed" if spec.tied_head else "head"
@@ -277,11 +284,13 @@ def available_memory(device: str = "cpu") -> int | None:
 
     The smaller of what the kernel calls available and what the control group still allows. For the
     device "cpu" this is the figure of its native code, by which it also loads; it knows control
-    groups of version 1 and nested ones.
+    groups of version 1 and nested ones. On the device "mlx" no more than what Metal recommends.
     """
     if device == "cpu" and (found := _native_available()):
         return found
     bounds = [_system_available(), _group_available(Path("/sys/fs/cgroup"))]
+    if device == "mlx":
+        bounds.append(_metal_available())
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
@@ -292,6 +301,15 @@ def _native_available() -> int:
     except ImportError:
         return 0
     return int(native_figure())
+
+
+def _metal_available() -> int | None:
+    """Return what Metal recommends, None without Metal or MLX."""
+    try:
+        from bitllm.backends.mlx.device import available_memory as metal_figure
+    except ImportError:
+        return None
+    return metal_figure()
 
 
 def _system_available() -> int | None:

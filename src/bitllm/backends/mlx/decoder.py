@@ -18,12 +18,15 @@ from bitllm.backends.base import (
     StepOutput,
     check_batch,
 )
+from bitllm.backends.mlx.adapters import AdapterSlots
 from bitllm.backends.mlx.attention import Angles, KvCache, group_runs
+from bitllm.backends.mlx.kernels import head_logits, use_kernels
+from bitllm.backends.mlx.kernels.head import HEAD_TOKENS
 from bitllm.backends.mlx.layer import Layer
 from bitllm.backends.mlx.tensors import to_host, to_mlx, vector
 from bitllm.backends.sampling import step_output
-from bitllm.checkpoint import Checkpoint, ModelSpec
-from bitllm.errors import ConfigError, QuantizationError
+from bitllm.checkpoint import LINEAR_NAMES, Checkpoint, ModelSpec
+from bitllm.errors import ConfigError, InsufficientMemoryError, QuantizationError
 
 __all__ = ["MlxDecoder"]
 
@@ -40,20 +43,30 @@ class MlxDecoder:
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self.spec = spec = checkpoint.spec
+        self._adapters = AdapterSlots()
         self._max_batch_tokens = options.max_batch_tokens
         self._embed = to_mlx(checkpoint.dense("embed"))
         self._head = self._embed if spec.tied_head else to_mlx(checkpoint.dense("head"))
+        whole_words = self._head.dtype == mx.bfloat16 and spec.hidden_size % 2 == 0
+        own = whole_words and use_kernels()
+        self._head_words = self._head.view(mx.uint32) if own else None
         self._final_norm = vector(checkpoint, "final_norm")
         self._layers = [Layer(checkpoint, index) for index in range(len(spec.layers))]
         self._blocks = -(-(options.kv_tokens or spec.max_context) // KV_BLOCK_SIZE)
         self._caches = [KvCache(self._blocks, layer, options.kv_dtype) for layer in spec.layers]
         self._ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
         self._windows = {layer.sliding_window for layer in spec.layers}
-        mx.eval(self._embed, self._head, [cache.arrays for cache in self._caches])
+        mx.eval(
+            self._embed,
+            self._head,
+            self._head_words,
+            self._final_norm,
+            [cache.arrays for cache in self._caches],
+        )
         dense = self._embed.nbytes + (0 if spec.tied_head else self._head.nbytes)
         self.info = DecoderInfo(
             backend="mlx",
-            kernel="metal" if mx.metal.is_available() else "mlx cpu",
+            kernel=_kernel_name(),
             threads=1,
             weight_bytes=dense + sum(layer.nbytes for layer in self._layers),
             kv_bytes=sum(array.nbytes for cache in self._caches for array in cache.arrays),
@@ -74,7 +87,7 @@ class MlxDecoder:
             ConfigError: the batch contradicts itself or the model.
             QuantizationError: activations have become NaN or infinite.
         """
-        check_batch(batch, self.spec, self._blocks, self._max_batch_tokens)
+        check_batch(batch, self.spec, self._blocks, self._max_batch_tokens, self._adapters.used)
         h = self._hidden(batch)
         finite = mx.all(mx.isfinite(h))
         hidden = mx.fast.rms_norm(
@@ -91,10 +104,11 @@ class MlxDecoder:
     def _hidden(self, batch: Batch) -> mx.array:
         """Return the hidden states after the last layer, float32 [tokens, hidden]."""
         layout = group_runs(batch, self._windows)
+        adapted = self._adapters.of_step(batch)
         angles = {rope: Angles.of(batch.positions, rope) for rope in self._ropes}
         h = self._embed[mx.array(batch.token_ids)].astype(mx.float32) * self.spec.embedding_scale
         for layer, cache in zip(self._layers, self._caches, strict=True):
-            h = layer(h, layout, angles[layer.spec.rope], cache)
+            h = layer(h, layout, angles[layer.spec.rope], cache, adapted)
         mx.eval(h, [cache.arrays for cache in self._caches])
         return h
 
@@ -111,6 +125,8 @@ class MlxDecoder:
 
     def _logits(self, hidden: mx.array) -> mx.array:
         """Return the logits of hidden states, float32 [n, vocab]."""
+        if self._head_words is not None and len(hidden) <= HEAD_TOKENS:
+            return head_logits(self._head_words, hidden)
         parts = [
             hidden @ self._head[start : start + _HEAD_ROWS].astype(mx.float32).T
             for start in range(0, self.spec.vocab_size, _HEAD_ROWS)
@@ -162,32 +178,39 @@ class MlxDecoder:
         mx.eval(arrays)
 
     def load_adapter(self, adapter: Adapter) -> int:
-        """Refuse an adapter: this backend has no products for them.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            f"{adapter.origin}: the mlx device runs no adapters",
-            hint="load the model with device='cpu'",
-        )
+        """Copy an adapter and return its slot; see `bitllm.backends.base.Decoder.load_adapter`."""
+        try:
+            return self._adapters.load(adapter, self.spec)
+        except (MemoryError, RuntimeError) as error:
+            raise InsufficientMemoryError(
+                f"{adapter.origin}: the adapter does not fit into the device's memory: {error}",
+                hint="unload another adapter, or load the model with a shorter context",
+            ) from error
 
     def unload_adapter(self, slot: int) -> None:
-        """Refuse: none can be loaded.
+        """Free an adapter.
 
         Raises:
-            ConfigError: always.
+            ConfigError: there is no adapter in this slot.
         """
-        raise ConfigError(f"there is no adapter in slot {slot}")
+        self._adapters.unload(slot)
 
     def adapter_bytes(self, adapter: Adapter) -> int:
         """Return the bytes of an adapter's matrices as they are stored."""
         return adapter.nbytes
 
+    def packed_bytes(self) -> dict[str, int]:
+        """Return the bytes of the matrices of each linear, over all layers."""
+        return {
+            name: sum(layer.linear[name].nbytes for layer in self._layers) for name in LINEAR_NAMES
+        }
+
     def close(self) -> None:
         """Free weights and KV storage; the decoder cannot be used afterwards."""
         self._layers, self._caches, self._blocks = [], [], 0
+        self._adapters = AdapterSlots()
         self._embed = self._head = mx.zeros((0,))
+        self._head_words = None
 
     def _check_blocks(self, blocks: I32) -> None:
         if blocks.size and (blocks.min() < 0 or blocks.max() >= self._blocks):
@@ -198,6 +221,12 @@ class MlxDecoder:
 
 def _bytes(blocks: mx.array) -> mx.array:
     return blocks.reshape(blocks.shape[0], -1).view(mx.uint8)
+
+
+def _kernel_name() -> str:
+    if use_kernels():
+        return "metal, bitllm"
+    return "metal, mlx" if mx.metal.is_available() else "mlx cpu"
 
 
 def _is_greedy(batch: Batch) -> bool:

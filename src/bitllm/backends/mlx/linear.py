@@ -7,14 +7,17 @@ numbers below 2^24, so float32 holds them, in whatever order they are added.
 
 from __future__ import annotations
 
+import weakref
+
 import mlx.core as mx
 import numpy as np
 
+from bitllm.backends.mlx.kernels import quantize_packed, ternary_product, use_kernels
 from bitllm.backends.mlx.tensors import vector
 from bitllm.checkpoint import Checkpoint, LinearSpec, TernaryMatrix
 from bitllm.errors import QuantizationError, UnsupportedModelError
 
-__all__ = ["Linear", "PackedMatrix", "quantize_activations"]
+__all__ = ["Linear", "PackedMatrix", "UnitScales", "quantize_activations"]
 
 _GROUPS = (128, 64, 32)  # of columns, as MLX's kernels take them; wide ones cost fewer bytes
 _ZERO_WEIGHTS = 0b01010101
@@ -34,6 +37,32 @@ def quantize_activations(x: mx.array) -> tuple[mx.array, mx.array]:
     return mx.clip(mx.round(x * a), -128.0, 127.0), a
 
 
+class UnitScales:
+    """Scales 1 and biases -1, which matrices of one shape share: a fifth of all bytes otherwise.
+
+    Args:
+        shape: (rows, groups) of the matrices.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.scales = mx.ones(shape)
+        self.biases = -self.scales
+
+    @classmethod
+    def of(cls, rows: int, groups: int) -> UnitScales:
+        """Return those of a shape; they are freed with the last matrix that holds them."""
+        shape = (rows, groups)
+        found = _unit_scales.get(shape)
+        if found is None:
+            found = _unit_scales[shape] = cls(shape)
+        return found
+
+
+_unit_scales: weakref.WeakValueDictionary[tuple[int, int], UnitScales] = (
+    weakref.WeakValueDictionary()
+)
+
+
 class PackedMatrix:
     """A ternary matrix as MLX multiplies it: its scales left out, or those of groups within.
 
@@ -42,7 +71,8 @@ class PackedMatrix:
         name: of the matrix, for errors.
 
     Attributes:
-        nbytes: bytes on the device.
+        codes: weights plus one, 16 a word, low bits first, uint32 [rows, words].
+        nbytes: bytes on the device, without `UnitScales`, which other matrices use too.
     """
 
     def __init__(self, matrix: TernaryMatrix, name: str) -> None:
@@ -57,20 +87,37 @@ class PackedMatrix:
                 f"{name} holds the code 3, which stands for no ternary weight",
                 hint="the file is damaged or of another format than it says",
             )
-        self._codes = mx.array(packed.view("<u4"))
-        scales = np.ones((matrix.out_features, groups), np.float32)
-        if matrix.group_size is not None:
-            scales = np.repeat(matrix.scales, matrix.group_size // self._group, axis=1)[:, :groups]
+        self.codes = mx.array(packed.view("<u4"))
+        self._unit: UnitScales | None = None
+        self.nbytes = self.codes.nbytes
+        if matrix.group_size is None:
+            self._unit = UnitScales.of(matrix.out_features, groups)
+            self._scales, self._biases = self._unit.scales, self._unit.biases
+            return
+        scales = np.repeat(matrix.scales, matrix.group_size // self._group, axis=1)[:, :groups]
         self._scales = mx.array(np.ascontiguousarray(scales))
         self._biases = -self._scales
-        self.nbytes = self._codes.nbytes + self._scales.nbytes + self._biases.nbytes
+        self.nbytes += self._scales.nbytes + self._biases.nbytes
+
+    @property
+    def words(self) -> int:
+        """Words of 16 codes in a row."""
+        return int(self.codes.shape[1])
+
+    def multiply_packed(self, activations: mx.array) -> mx.array:
+        """Multiply int8 codes, four a word, uint32 [tokens, 4 * words], by our own kernels."""
+        return ternary_product(self.codes, activations)
+
+    def arrays(self) -> list[mx.array]:
+        """Return all arrays of the matrix, to be computed by the thread that made them."""
+        return [self.codes, self._scales, self._biases]
 
     def __call__(self, x: mx.array) -> mx.array:
         """Multiply float32 [tokens, in] with the matrix: float32 [tokens, out]."""
         if self._padding:
             x = mx.pad(x, [(0, 0), (0, self._padding)])
         return mx.quantized_matmul(
-            x, self._codes, self._scales, self._biases, group_size=self._group, bits=2
+            x, self.codes, self._scales, self._biases, group_size=self._group, bits=2
         )
 
 
@@ -108,6 +155,12 @@ class Linear:
         self._norm = vector(checkpoint, f"{name}.norm") if spec.norm_eps is not None else None
         self._bias = vector(checkpoint, f"{name}.bias") if spec.bias else None
         self.nbytes = self.matrix.nbytes
+        self._own_kernels = matrix.group_size is None and use_kernels()
+
+    def arrays(self) -> list[mx.array]:
+        """Return all arrays of the projection, to be computed by the thread that made them."""
+        own = [self._scales, self._norm, self._bias]
+        return [*self.matrix.arrays(), *(array for array in own if array is not None)]
 
     def __call__(self, x: mx.array) -> mx.array:
         """Project float32 [tokens, in] to [tokens, out]: (codes @ q / a) * scale + bias."""
@@ -115,6 +168,9 @@ class Linear:
             x = mx.fast.rms_norm(x, self._norm, self._spec.norm_eps)
         if self._spec.activation_bits is None:
             y = self.matrix(x)
+        elif self._own_kernels:
+            packed, a = quantize_packed(x, self.matrix.words)
+            y = self.matrix.multiply_packed(packed) / a
         else:
             codes, a = quantize_activations(x)
             y = self.matrix(codes) / a
