@@ -24,8 +24,7 @@ from bitllm.backends.cuda.kernels import attention, head, product, quantize, rop
 POINTERS = {
     "i8": ("code_rows", "x_codes"),
     "u8": ("weights",),
-    "i32": ("sums", "x_sums", "tables", "runs", "positions"),
-    "i64": ("slots",),
+    "i32": ("sums", "x_sums", "tables", "runs", "positions", "slots"),
 }
 INTEGERS = ("columns", "padded", "tokens", "out", "vocab", "heads", "kv_heads", "head_dim", "half")
 INTEGERS += ("window", "table_width")

@@ -157,7 +157,7 @@ def test_rope_storing_and_attention(case, kv_dtype):
     if spec.qk_norm:
         q, k = rms_norm(q, gains[0], 1e-5), rms_norm(k, gains[1], 1e-5)
     q = rotate(q, angles)
-    plain.write(layout.blocks, layout.places, rotate(k, angles), v)
+    plain.write(layout.slots, rotate(k, angles), v)
     queries = rotate_and_store(
         qkv,
         (angles.cosine, angles.sine),
