@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitllm.backends.cuda.kernels import attention, head, product, quantize, rope
+from bitllm.backends.cuda.kernels import attention, head, noise, product, quantize, rope
 
 POINTERS = {
     "i8": ("code_rows", "x_codes"),
@@ -34,13 +34,17 @@ FLOATS = ("eps", "scale")
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with its compile-time constants; `cache` is the dtype of keys and values."""
+    """A kernel with its compile-time constants; `cache` is the dtype of keys and values.
+
+    `types` are those of arguments that have another one than their name says.
+    """
 
     kernel: Any
     constants: dict[str, Any]
     warps: int
     fusion: bool = True
     cache: str = "bf16"
+    types: dict[str, str] = field(default_factory=dict)
 
 
 def _attention(cache: str, splits: int) -> Case:
@@ -78,6 +82,13 @@ CASES: dict[str, Case | Callable[[int], Case]] = {
     "attention bf16 in parts": _attention("bf16", 8),
     "attention int8": _attention("i8", 8),
     "attention fp32": _attention("fp32", 1),
+    "noise": Case(
+        noise._perturb,
+        {"BLOCK": 512},
+        4,
+        fusion=False,
+        types={"keys": "*i64", "values": "*fp64"},
+    ),
     "merging": Case(attention._merge, {"SPLITS": 8, "BLOCK": 128}, 4),
     "head decode": Case(head._logits, {"FLOAT32": False, **head._tile(1)[0]}, head._tile(1)[1]),
     "head prefill": Case(
@@ -114,9 +125,8 @@ def facts_of(case: Case | Callable[[int], Case], target: int) -> dict[str, Any]:
     if not isinstance(case, Case):
         case = case(target)
     names = case.kernel.arg_names
-    signature = {
-        name: "constexpr" if name in case.constants else type_of(name, case.cache) for name in names
-    }
+    signature = {name: type_of(name, case.cache) for name in names} | case.types
+    signature |= dict.fromkeys(case.constants, "constexpr")
     # What a launch finds out about its arguments: of the sizes of the 2B model all are such.
     even = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in DIVISIBLE]
     attributes = {(index,): [["tt.divisibility", 16]] for index in even}
@@ -139,8 +149,9 @@ def facts_of(case: Case | Callable[[int], Case], target: int) -> dict[str, Any]:
             ".s8.s8" in each and each.startswith("wgmma") for each in products
         ),
         "bf16_products": sum(".bf16.bf16" in each for each in products),
-        "fused_multiply_adds": len(re.findall(r"\bfma\.rn\.f32", ptx)),
-        "exact_divisions": len(re.findall(r"\bdiv\.rn\.f32", ptx)),
+        "fused_multiply_adds": len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx)),
+        "exact_divisions": len(re.findall(r"\bdiv\.rn\.f(?:32|64)", ptx)),
+        "doubles": re.findall(r"0d([0-9A-F]{16})", ptx),
         "approximate_divisions": len(re.findall(r"\bdiv\.(?:full|approx)", ptx)),
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +65,17 @@ def test_attention_and_head_run_on_bfloat16_tensor_cores(compiled, target):
 
 @pytest.mark.slow
 def test_rounding_is_not_fused_and_divides_exactly(compiled):
-    for target in TARGETS:
-        facts = compiled[f"rounding sm_{target}"]
+    kernels = [f"{name} sm_{target}" for name in ("rounding", "noise") for target in TARGETS]
+    for facts in map(compiled.__getitem__, kernels):
         assert facts["fused_multiply_adds"] == 0
         assert facts["exact_divisions"] > 0
         assert facts["approximate_divisions"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_noise_has_its_constants_in_all_bits(compiled, target):
+    """A constant that passed through float32 would give other tokens than the host's."""
+    found = compiled[f"noise sm_{target}"]["doubles"]
+    for value in (2**0.5, 0.6931471805599453, *(1.0 / divisor for divisor in range(3, 22, 2))):
+        assert struct.pack(">d", value).hex().upper() in found, value

@@ -21,7 +21,7 @@ from synthetic import random_checkpoint, tiny_spec
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CPU = torch.device("cpu")
-TEXTS = [Run(prompt_ids(count, 101, count), 0, [block]) for block, count in enumerate((5, 3, 9))]
+TEXTS = [Run(prompt_ids(count, 101, count), 0, [block]) for block, count in enumerate((2, 1, 3))]
 NEXT = [Run([7 + i], len(run.ids), [i]) for i, run in enumerate(TEXTS)]
 
 
@@ -40,8 +40,7 @@ def pair() -> tuple[CudaDecoder, CudaDecoder]:
     """Two decoders that have read the same texts; the second computes every step as it comes."""
     decoders = load(), load()
     for decoder in decoders:
-        for run in TEXTS:
-            decoder.forward(make_batch([run], rows=[]))
+        decoder.forward(make_batch(TEXTS, rows=[]))
     decoders[1]._decode_steps = None
     return decoders
 

@@ -22,6 +22,7 @@ from bitllm.backends.cuda.attention import Angles, KvCache, StepLayout, lay_out
 from bitllm.backends.cuda.decode_step import DecodeSteps, StepRows
 from bitllm.backends.cuda.layer import Layer
 from bitllm.backends.cuda.linear import rms_norm
+from bitllm.backends.cuda.sampling import draw, draws_here
 from bitllm.backends.cuda.tensors import to_torch, vector
 from bitllm.backends.sampling import step_output
 from bitllm.checkpoint import Checkpoint, ModelSpec, RopeSpec
@@ -144,14 +145,13 @@ class CudaDecoder:
             QuantizationError: they are not.
         """
         vocab, kinds = self.spec.vocab_size, batch.output_kinds
-        if _is_greedy(batch) and (kinds == OutputKind.SAMPLE).all():
+        if self._kernels and draws_here(batch):
             # Tokens and the check come back in one piece: the only wait of the step.
-            answer = torch.cat([_best(logits), finite]).cpu().numpy()
+            answer = torch.cat([draw(batch.plan, logits), finite]).cpu().numpy()
             _check_finite(answer[len(kinds) :])
             drawn = dict(enumerate(answer[: len(kinds)].tolist()))
-            return step_output(
-                batch, vocab, np.zeros((0, self.spec.hidden_size), np.float32), {}, drawn
-            )
+            nothing = np.zeros((0, self.spec.hidden_size), np.float32)
+            return step_output(batch, vocab, nothing, {}, drawn)
         _check_finite(finite.cpu().numpy())
         with_logits = np.flatnonzero(kinds != OutputKind.HIDDEN).tolist()
         rows = dict(zip(with_logits, logits.cpu().numpy(), strict=True))
@@ -255,21 +255,3 @@ def _check_finite(finite: npt.NDArray[Any]) -> None:
             "activations hold NaN or infinity: only finite numbers can be rounded to int8",
             hint="the weights are damaged, or scales are read the wrong way round",
         )
-
-
-def _best(logits: torch.Tensor) -> torch.Tensor:
-    """Return the argmax of each row, int64; the lowest id of a tie, -1 where NaN is among them."""
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    highest = logits.amax(-1, keepdim=True)
-    best = torch.where(logits == highest, ids, len(ids)).amin(-1)
-    return torch.where(best == len(ids), -1, best)
-
-
-def _is_greedy(batch: Batch) -> bool:
-    """Whether all that is wanted with logits is the plain argmax of them."""
-    plan: Any = batch.plan
-    kinds = batch.output_kinds
-    if (kinds == OutputKind.LOGITS).any() or (kinds == OutputKind.SCORE).any():
-        return False
-    plain = (plan.temperature == 0) & (plan.top_logprobs < 0) & (plan.mask_rows < 0)
-    return bool(plain.all()) and not len(plan.seen_ids) and not len(plan.bias_ids)
