@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 
+from bitllm import backends
 from bitllm.backends import DEVICE_VARIABLE, DEVICES, choose_device, get_backend
 from bitllm.backends.base import LoadOptions
 from bitllm.errors import BackendUnavailableError, ConfigError
@@ -14,6 +18,7 @@ from bitllm.errors import BackendUnavailableError, ConfigError
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
     monkeypatch.delenv(DEVICE_VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "_NVIDIA_GPUS", Path("/nowhere"))
 
 
 @pytest.mark.parametrize("device", ["auto", None, ""])
@@ -21,6 +26,24 @@ def test_auto_takes_the_cpu_and_says_so(device):
     choice = choose_device(device)
     assert choice.name == "cpu"
     assert "auto" in choice.reason
+
+
+@pytest.mark.parametrize(("library", "name"), [("libtorch_cuda.so", "cuda"), ("other", "cpu")])
+def test_auto_takes_a_gpu_that_the_installed_pytorch_can_use(monkeypatch, tmp_path, library, name):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / library).touch()
+    spec = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(backends, "_NVIDIA_GPUS", tmp_path)
+    assert choose_device().name == name
+    assert "NVIDIA GPU" in choose_device().reason
+
+
+def test_a_gpu_without_pytorch_is_named_and_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_NVIDIA_GPUS", tmp_path)
+    assert choose_device().name == "cpu"
+    assert "install a CUDA build of PyTorch" in choose_device().reason
 
 
 def test_the_environment_decides_where_no_argument_does(monkeypatch):

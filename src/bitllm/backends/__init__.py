@@ -12,8 +12,10 @@ device that was asked for and is missing raises. Nothing falls back silently.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from bitllm.backends.base import Backend
@@ -32,6 +34,8 @@ _BACKENDS = {
 }
 _EXTRAS = {"cuda": "bitllm[cuda]", "mlx": "bitllm[mlx]"}
 
+_NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # has a directory for each GPU with a driver
+
 DEVICES = ("auto", *_BACKENDS)
 """Names that `get_backend` takes."""
 
@@ -48,8 +52,8 @@ def choose_device(device: str | None = "auto") -> DeviceChoice:
     """Say which device a name stands for; loads nothing.
 
     Args:
-        device: a name of `DEVICES`; "auto" or None follows BITLLM_DEVICE, and without it takes the
-            CPU, the fastest backend there is so far.
+        device: a name of `DEVICES`; "auto" or None follows BITLLM_DEVICE, and without it takes an
+            NVIDIA GPU where there is one and what drives it is installed, else the CPU.
 
     Raises:
         ConfigError: an unknown name; says whether it came from the environment.
@@ -58,12 +62,29 @@ def choose_device(device: str | None = "auto") -> DeviceChoice:
     if asked == "auto":
         asked, origin = os.environ.get(DEVICE_VARIABLE) or "auto", f"set by {DEVICE_VARIABLE}"
     if asked == "auto":
-        return DeviceChoice("cpu", "chosen by auto: the native decoder")
+        return _automatic()
     if asked not in _BACKENDS:
         raise ConfigError(
             f"unknown device {asked!r}, {origin}", hint=f"choose one of {', '.join(DEVICES)}"
         )
     return DeviceChoice(asked, origin)
+
+
+def _automatic() -> DeviceChoice:
+    if not _NVIDIA_GPUS.is_dir():
+        return DeviceChoice("cpu", "chosen by auto: the native decoder")
+    if not (_has_cuda_build() and importlib.util.find_spec("triton")):
+        reason = "the native decoder; for the NVIDIA GPU install a CUDA build of PyTorch"
+        return DeviceChoice("cpu", f"chosen by auto: {reason}")
+    return DeviceChoice("cuda", "chosen by auto: there is an NVIDIA GPU, and PyTorch for it")
+
+
+def _has_cuda_build() -> bool:
+    """Whether PyTorch is installed with CUDA; by its files, since importing it takes seconds."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    return (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
 def get_backend(device: str | None = "auto") -> Backend:

@@ -211,8 +211,8 @@ def _go_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None
 device_option: Decorator[Any] = option(
     "--device",
     callback=_leave_to_the_backend,
-    metavar="auto|cpu|reference",
-    help="What computes: native kernels (cpu) or plain NumPy (reference).",
+    metavar="auto|cpu|cuda|mlx|reference",
+    help="What computes: native kernels (cpu), a GPU (cuda, mlx) or plain NumPy (reference).",
 )
 
 engine_options: Decorator[Any] = together(

@@ -75,14 +75,15 @@ class CudaDecoder:
         self._decode_steps = None
         if kernels and not plain:
             self._decode_steps = DecodeSteps(self._step, self._ropes, self._blocks, device)
+        held = sum(tensor.nbytes for tensor in self._storage())
         dense = self._embed.nbytes + (0 if spec.tied_head else self._head.nbytes)
         self.info = DecoderInfo(
             backend="cuda",
             kernel="triton" if kernels else "torch",
             threads=1,
             weight_bytes=dense + sum(layer.nbytes for layer in self._layers),
-            kv_bytes=sum(tensor.nbytes for tensor in self._storage()),
-            scratch_bytes=0,
+            kv_bytes=held * self._blocks // stored,
+            scratch_bytes=held - held * self._blocks // stored,
             packing="2bit",
             head="full",
         )
