@@ -6,13 +6,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bitllm.backends import choose_device
+from bitllm.backends import choose_device, get_backend
 from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions
 from bitllm.backends.sizes import kv_bytes_per_token, rounded_head_bytes, ternary_bytes
 from bitllm.checkpoint import DTYPE_BYTES, Checkpoint, ModelSpec
 from bitllm.config import EngineOptions
-from bitllm.errors import ConfigError, InsufficientMemoryError
+from bitllm.errors import BackendUnavailableError, ConfigError, InsufficientMemoryError
 
 __all__ = [
     "MemoryPlan",
@@ -270,10 +271,11 @@ def available_memory(device: str = "cpu") -> int | None:
 def _free_on_gpu() -> int | None:
     """Return what the GPU has free, None = there is none, or no PyTorch: loading says so."""
     try:
-        from bitllm.backends.cuda import free_memory
-    except ImportError:
+        backend: Any = get_backend("cuda")
+    except BackendUnavailableError:
         return None
-    return free_memory()
+    free: int | None = backend.free_memory()
+    return free
 
 
 def _native_available() -> int:

@@ -1,6 +1,6 @@
 """The CUDA backend: NVIDIA GPUs through PyTorch, its kernels written in Triton."""
 
-from bitllm.backends.cuda.backend import CudaBackend, free_memory
+from bitllm.backends.cuda.backend import CudaBackend
 from bitllm.backends.cuda.decoder import CudaDecoder
 
-__all__ = ["CudaBackend", "CudaDecoder", "free_memory"]
+__all__ = ["CudaBackend", "CudaDecoder"]

@@ -14,7 +14,7 @@ from bitllm.errors import (
     UnsupportedModelError,
 )
 
-__all__ = ["CudaBackend", "free_memory"]
+__all__ = ["CudaBackend"]
 
 _LARGEST_INPUT = (1 << 24) // 127  # int32 accumulators pass through float32, exact up to 2^24
 _OLDEST = (8, 0)  # compute capability: Ampere, the first with int8 tensor cores and bfloat16
@@ -61,10 +61,10 @@ class CudaBackend:
                 hint="ask for a shorter context (kv_tokens)",
             ) from error
 
-
-def free_memory() -> int | None:
-    """Return the bytes that the current GPU can still give; None = there is none."""
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+    @staticmethod
+    def free_memory() -> int | None:
+        """Return the bytes that the current GPU can still give; None = there is none."""
+        return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
 
 
 def _find_gpu() -> torch.device:
