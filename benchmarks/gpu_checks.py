@@ -17,7 +17,12 @@ from gpu_model import decode_batch, prompt_batch, random_model
 
 from bitllm.backends.base import LoadOptions, OutputKind
 from bitllm.backends.cuda import CudaBackend
-from bitllm.backends.cuda.kernels.product import gated_product, pack_rows, ternary_product
+from bitllm.backends.cuda.kernels.product import (
+    gated_product,
+    grouped_product,
+    pack_rows,
+    ternary_product,
+)
 from bitllm.backends.cuda.kernels.quantize import norm_quantize
 from bitllm.backends.cuda.layer import gated
 from bitllm.backends.reference import ReferenceBackend
@@ -47,6 +52,7 @@ def check_kernels(
     for shape in shapes:
         checks += [_check_product(shape, count, device) for count in tokens]
         checks.append(_check_gated(shape, tokens[0], device))
+        checks += [_check_grouped(shape, count, device) for count in tokens]
     return checks
 
 
@@ -83,6 +89,25 @@ def _check_gated(shape: tuple[int, int], tokens: int, device: torch.device) -> C
     found = gated_product(rounded, weights, scales, None, "relu2")
     error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
     return Check(f"gated {shape[0]} x {shape[1]}", error < 1e-6, f"largest error {error:.1e}")
+
+
+def _check_grouped(shape: tuple[int, int], tokens: int, device: torch.device) -> Check:
+    """Compare the product with scales of groups of 128 columns, each group added in order."""
+    groups = [slice(start, start + 128) for start in range(0, shape[1], 128)]
+    codes, x = _codes(8, shape), _normal(9, (tokens, shape[1]))
+    scales = _scales(shape[0] * len(groups)).reshape(shape[0], len(groups))
+    q, a = quantize_activations(x)
+    wanted = np.zeros((tokens, shape[0]), np.float32)
+    for index, columns in enumerate(groups):
+        sums = matmul_int32(codes[:, columns], q[:, columns]).astype(np.float32)
+        wanted += (sums / a[:, None]) * scales[:, index]
+    weights = torch.from_numpy(pack_rows(pack(codes), shape[1])).to(device)
+    rounded = norm_quantize(torch.from_numpy(x).to(device))
+    scales_there = torch.from_numpy(scales).to(device)
+    found = grouped_product(rounded, weights, scales_there, shape[1], 128)
+    wrong = int((found.cpu().numpy() != wanted).sum())
+    name = f"groups {shape[0]} x {shape[1]}, {tokens} tokens"
+    return Check(name, wrong == 0, f"{wrong} of {wanted.size} differ")
 
 
 def check_model(

@@ -27,7 +27,7 @@ POINTERS = {
     "i32": ("sums", "x_sums", "tables", "runs", "positions", "slots"),
 }
 INTEGERS = ("columns", "padded", "tokens", "out", "vocab", "heads", "kv_heads", "head_dim", "half")
-INTEGERS += ("window", "table_width")
+INTEGERS += ("window", "table_width", "groups")
 DIVISIBLE = ("columns", "padded", "out", "vocab", "head_dim", "half")
 FLOATS = ("eps", "scale")
 
@@ -65,6 +65,11 @@ def _product(kernel: Any, rows: int, columns: int, warps: int, **constants: Any)
     return Case(kernel, {**tile, **constants}, warps, fusion=False)
 
 
+def _grouped(tokens: int) -> Case:
+    tile = product._grouped_tile(tokens)
+    return _product(product._grouped_product, *tile, GROUP_SLICES=2)
+
+
 CASES: dict[str, Case | Callable[[int], Case]] = {
     "rounding": Case(quantize._norm_quantize, {"HAS_GAIN": True, "BLOCK": 4096}, 8, fusion=False),
     "product decode": _product(product._ternary_product, *product._tile(1, 8)),
@@ -75,6 +80,8 @@ CASES: dict[str, Case | Callable[[int], Case]] = {
     "gated prefill": lambda target: _product(
         product._gated_product, *product._tile(512, target // 10), ACTIVATION="relu2"
     ),
+    "grouped decode": _grouped(1),
+    "grouped prefill": _grouped(512),
     "rope": Case(
         rope._rotate_and_store, {"HAS_NORM": False, "INT8": False, "BLOCK": 128}, 1, fusion=False
     ),

@@ -19,6 +19,7 @@ import pytest
 TARGETS = (80, 89, 90)
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # a thread block may have
 INTEGER_KERNELS = ("product decode", "product prefill", "gated decode", "gated prefill")
+INTEGER_KERNELS += ("grouped decode", "grouped prefill")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_no_kernel_spills_registers_or_wants_too_much_shared_memory(compiled):
 def test_ternary_products_run_on_int8_tensor_cores(compiled, kernel, target):
     facts = compiled[f"{kernel} sm_{target}"]
     assert facts["int8_products"] > 0
-    if target == 90 and "prefill" in kernel:
+    if target == 90 and kernel in ("product prefill", "gated prefill"):
         assert facts["int8_warpgroup_products"] > 0
 
 
