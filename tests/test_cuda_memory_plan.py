@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from batches import Run, make_batch
 from bitllm.backends.base import LoadOptions
 from bitllm.backends.cuda import CudaBackend
 from bitllm.config import EngineOptions
@@ -36,3 +37,15 @@ def test_what_the_gpu_has_free_is_the_bound(monkeypatch):
 def test_without_a_gpu_nothing_is_known(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert available_memory("cuda") is None
+
+
+def test_a_step_that_does_not_fit_says_so(monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("tried to allocate 20 MiB")
+
+    backend = CudaBackend(torch.device("cpu"), kernels=False)
+    decoder = backend.load(random_checkpoint(tiny_spec()), LoadOptions())
+    monkeypatch.setattr(decoder, "_logits", no_memory)
+    with pytest.raises(InsufficientMemoryError, match="step of 2 tokens") as caught:
+        decoder.forward(make_batch([Run([1, 2])]))
+    assert "max_batch_tokens" in caught.value.hint

@@ -26,7 +26,7 @@ from bitllm.backends.cuda.sampling import draw, draws_here
 from bitllm.backends.cuda.tensors import to_torch, vector
 from bitllm.backends.sampling import step_output
 from bitllm.checkpoint import Checkpoint, ModelSpec, RopeSpec
-from bitllm.errors import ConfigError, QuantizationError
+from bitllm.errors import ConfigError, InsufficientMemoryError, QuantizationError
 
 if TYPE_CHECKING:
     from bitllm.backends.cuda.fused_layer import FusedLayer
@@ -98,21 +98,31 @@ class CudaDecoder:
 
         Raises:
             ConfigError: the batch contradicts itself or the model.
+            InsufficientMemoryError: the GPU has no room left for what the step computes.
             QuantizationError: activations have become NaN or infinite.
         """
         check_batch(batch, self.spec, self._blocks, self._max_batch_tokens)
-        with torch.inference_mode():
-            if self._decode_steps is not None and self._decode_steps.fits(batch):
-                rows = self._decode_steps(batch)
-                return self._answer(batch, rows.hidden, rows.logits, rows.finite)
-            layout = lay_out(batch, self._windows, self._device)
-            angles = {rope: Angles.of(batch.positions, rope, self._device) for rope in self._ropes}
-            h = self._hidden(torch.from_numpy(batch.token_ids).to(self._device), layout, angles)
-            wanted = torch.from_numpy(batch.output_rows).to(self._device)
-            hidden = rms_norm(h[wanted], self._final_norm, self.spec.norm_eps)
-            with_logits = np.flatnonzero(batch.output_kinds != OutputKind.HIDDEN)
-            logits = self._logits(hidden[torch.from_numpy(with_logits).to(self._device)])
-            return self._answer(batch, hidden, logits, torch.isfinite(h).all(-1))
+        try:
+            with torch.inference_mode():
+                return self._compute(batch)
+        except torch.OutOfMemoryError as error:
+            raise InsufficientMemoryError(
+                f"a step of {len(batch.token_ids)} tokens does not fit into the GPU: {error}",
+                hint="set a smaller max_batch_tokens, kv_tokens or context",
+            ) from error
+
+    def _compute(self, batch: Batch) -> StepOutput:
+        if self._decode_steps is not None and self._decode_steps.fits(batch):
+            rows = self._decode_steps(batch)
+            return self._answer(batch, rows.hidden, rows.logits, rows.finite)
+        layout = lay_out(batch, self._windows, self._device)
+        angles = {rope: Angles.of(batch.positions, rope, self._device) for rope in self._ropes}
+        h = self._hidden(torch.from_numpy(batch.token_ids).to(self._device), layout, angles)
+        wanted = torch.from_numpy(batch.output_rows).to(self._device)
+        hidden = rms_norm(h[wanted], self._final_norm, self.spec.norm_eps)
+        with_logits = np.flatnonzero(batch.output_kinds != OutputKind.HIDDEN)
+        logits = self._logits(hidden[torch.from_numpy(with_logits).to(self._device)])
+        return self._answer(batch, hidden, logits, torch.isfinite(h).all(-1))
 
     def _hidden(
         self, ids: torch.Tensor, layout: StepLayout, angles: dict[RopeSpec, Angles]
@@ -160,6 +170,8 @@ class CudaDecoder:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of hidden states, float32 [n, vocab]."""
+        if len(hidden) == 0:
+            return torch.empty((0, self.spec.vocab_size), device=self._device)
         if self._kernels:
             from bitllm.backends.cuda.kernels.head import logits_of
 
