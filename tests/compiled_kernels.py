@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitllm.backends.cuda.kernels import attention, head, product, quantize, rope
+from bitllm.backends.cuda.kernels import attention, head, noise, product, quantize, rope
 
 POINTERS = {
     "i8": ("code_rows", "x_codes"),
     "u8": ("weights",),
-    "i32": ("sums", "x_sums", "tables", "runs", "positions"),
-    "i64": ("slots",),
+    "i32": ("sums", "x_sums", "tables", "runs", "positions", "slots"),
 }
 INTEGERS = ("columns", "padded", "tokens", "out", "vocab", "heads", "kv_heads", "head_dim", "half")
-INTEGERS += ("window", "table_width")
+INTEGERS += ("window", "table_width", "groups")
 DIVISIBLE = ("columns", "padded", "out", "vocab", "head_dim", "half")
 FLOATS = ("eps", "scale")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with its compile-time constants; `cache` is the dtype of keys and values."""
+    """A kernel with its compile-time constants; `cache` is the dtype of keys and values.
+
+    `types` are those of arguments that have another one than their name says.
+    """
 
     kernel: Any
     constants: dict[str, Any]
     warps: int
     fusion: bool = True
     cache: str = "bf16"
+    types: dict[str, str] = field(default_factory=dict)
 
 
 def _attention(cache: str, splits: int) -> Case:
@@ -62,6 +65,11 @@ def _product(kernel: Any, rows: int, columns: int, warps: int, **constants: Any)
     return Case(kernel, {**tile, **constants}, warps, fusion=False)
 
 
+def _grouped(tokens: int) -> Case:
+    tile = product._grouped_tile(tokens)
+    return _product(product._grouped_product, *tile, GROUP_SLICES=2)
+
+
 CASES: dict[str, Case | Callable[[int], Case]] = {
     "rounding": Case(quantize._norm_quantize, {"HAS_GAIN": True, "BLOCK": 4096}, 8, fusion=False),
     "product decode": _product(product._ternary_product, *product._tile(1, 8)),
@@ -72,6 +80,8 @@ CASES: dict[str, Case | Callable[[int], Case]] = {
     "gated prefill": lambda target: _product(
         product._gated_product, *product._tile(512, target // 10), ACTIVATION="relu2"
     ),
+    "grouped decode": _grouped(1),
+    "grouped prefill": _grouped(512),
     "rope": Case(
         rope._rotate_and_store, {"HAS_NORM": False, "INT8": False, "BLOCK": 128}, 1, fusion=False
     ),
@@ -79,6 +89,13 @@ CASES: dict[str, Case | Callable[[int], Case]] = {
     "attention bf16 in parts": _attention("bf16", 8),
     "attention int8": _attention("i8", 8),
     "attention fp32": _attention("fp32", 1),
+    "noise": Case(
+        noise._perturb,
+        {"BLOCK": 512},
+        4,
+        fusion=False,
+        types={"keys": "*i64", "values": "*fp64"},
+    ),
     "merging": Case(attention._merge, {"SPLITS": 8, "BLOCK": 128}, 4),
     "head decode": Case(head._logits, {"FLOAT32": False, **head._tile(1)[0]}, head._tile(1)[1]),
     "head prefill": Case(
@@ -115,9 +132,8 @@ def facts_of(case: Case | Callable[[int], Case], target: int) -> dict[str, Any]:
     if not isinstance(case, Case):
         case = case(target)
     names = case.kernel.arg_names
-    signature = {
-        name: "constexpr" if name in case.constants else type_of(name, case.cache) for name in names
-    }
+    signature = {name: type_of(name, case.cache) for name in names} | case.types
+    signature |= dict.fromkeys(case.constants, "constexpr")
     # What a launch finds out about its arguments: of the sizes of the 2B model all are such.
     even = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in DIVISIBLE]
     attributes = {(index,): [["tt.divisibility", 16]] for index in even}
@@ -140,8 +156,9 @@ def facts_of(case: Case | Callable[[int], Case], target: int) -> dict[str, Any]:
             ".s8.s8" in each and each.startswith("wgmma") for each in products
         ),
         "bf16_products": sum(".bf16.bf16" in each for each in products),
-        "fused_multiply_adds": len(re.findall(r"\bfma\.rn\.f32", ptx)),
-        "exact_divisions": len(re.findall(r"\bdiv\.rn\.f32", ptx)),
+        "fused_multiply_adds": len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx)),
+        "exact_divisions": len(re.findall(r"\bdiv\.rn\.f(?:32|64)", ptx)),
+        "doubles": re.findall(r"0d([0-9A-F]{16})", ptx),
         "approximate_divisions": len(re.findall(r"\bdiv\.(?:full|approx)", ptx)),
     }
 

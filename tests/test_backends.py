@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import platform
 import sys
+from pathlib import Path
 
 import pytest
 
+from bitllm import backends
 from bitllm.backends import DEVICE_VARIABLE, DEVICES, choose_device, get_backend
 from bitllm.backends.base import LoadOptions
 from bitllm.cli.run import run
@@ -18,6 +20,7 @@ from bitllm.errors import BackendUnavailableError, ConfigError
 def no_environment(monkeypatch):
     monkeypatch.delenv(DEVICE_VARIABLE, raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(backends, "_NVIDIA_GPUS", Path("/nowhere"))
 
 
 def on_a_mac(monkeypatch, machine="arm64", with_mlx=True):
@@ -60,6 +63,12 @@ def test_auto_leaves_macs_with_intel_to_the_cpu(monkeypatch):
 def test_the_command_line_names_every_device():
     (shown,) = [each for each in run.params if each.name == "device"]
     assert shown.metavar.split("|") == [*DEVICES]
+
+
+def test_an_nvidia_gpu_has_to_be_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "_NVIDIA_GPUS", tmp_path)
+    assert choose_device().name == "cpu"
+    assert "device='cuda'" in choose_device().reason
 
 
 def test_the_environment_decides_where_no_argument_does(monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 TARGETS = (80, 89, 90)
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # a thread block may have
 INTEGER_KERNELS = ("product decode", "product prefill", "gated decode", "gated prefill")
+INTEGER_KERNELS += ("grouped decode", "grouped prefill")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_no_kernel_spills_registers_or_wants_too_much_shared_memory(compiled):
 def test_ternary_products_run_on_int8_tensor_cores(compiled, kernel, target):
     facts = compiled[f"{kernel} sm_{target}"]
     assert facts["int8_products"] > 0
-    if target == 90 and "prefill" in kernel:
+    if target == 90 and kernel in ("product prefill", "gated prefill"):
         assert facts["int8_warpgroup_products"] > 0
 
 
@@ -64,8 +66,17 @@ def test_attention_and_head_run_on_bfloat16_tensor_cores(compiled, target):
 
 @pytest.mark.slow
 def test_rounding_is_not_fused_and_divides_exactly(compiled):
-    for target in TARGETS:
-        facts = compiled[f"rounding sm_{target}"]
+    kernels = [f"{name} sm_{target}" for name in ("rounding", "noise") for target in TARGETS]
+    for facts in map(compiled.__getitem__, kernels):
         assert facts["fused_multiply_adds"] == 0
         assert facts["exact_divisions"] > 0
         assert facts["approximate_divisions"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_noise_has_its_constants_in_all_bits(compiled, target):
+    """A constant that passed through float32 would give other tokens than the host's."""
+    found = compiled[f"noise sm_{target}"]["doubles"]
+    for value in (2**0.5, 0.6931471805599453, *(1.0 / divisor for divisor in range(3, 22, 2))):
+        assert struct.pack(">d", value).hex().upper() in found, value

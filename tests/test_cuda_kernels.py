@@ -19,9 +19,15 @@ from bitllm.backends.base import LoadOptions
 from bitllm.backends.cuda import CudaBackend
 from bitllm.backends.cuda.attention import Angles, KvCache, StepLayout, lay_out, rotate
 from bitllm.backends.cuda.attention import attend as plain_attend
+from bitllm.backends.cuda.fused_layer import can_fuse
 from bitllm.backends.cuda.kernels.attention import attend
 from bitllm.backends.cuda.kernels.head import logits_of as head_logits
-from bitllm.backends.cuda.kernels.product import gated_product, pack_rows, ternary_product
+from bitllm.backends.cuda.kernels.product import (
+    gated_product,
+    grouped_product,
+    pack_rows,
+    ternary_product,
+)
 from bitllm.backends.cuda.kernels.quantize import norm_quantize
 from bitllm.backends.cuda.kernels.rope import rotate_and_store
 from bitllm.backends.cuda.layer import gated
@@ -106,6 +112,27 @@ def test_products_are_exact(shape, tokens):
     assert (found.numpy() == wanted + bias).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "group_size"),
+    [((33, 64), 64), ((20, 300), 64), ((37, 700), 128), ((5, 520), 256), ((5, 70), 192)],
+)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_products_with_scales_of_groups_are_the_reference_to_the_bit(shape, group_size, tokens):
+    codes, x = random_codes(3, "codes", shape), random_uniform(4, "x", (tokens, shape[1]))
+    groups, bias = -(-shape[1] // group_size), random_uniform(5, "bias", shape[:1])
+    scales = random_uniform(6, "scales", (shape[0], groups))
+    q, a = quantize_activations(x)
+    wanted = np.zeros((tokens, shape[0]), np.float32)
+    for group in range(groups):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        sums = matmul_int32(codes[:, columns], q[:, columns]).astype(np.float32)
+        wanted += (sums / a[:, None]) * scales[:, group]
+    rounded, weights = norm_quantize(tensor(x)), tensor(pack_rows(pack(codes), shape[1]))
+    operands = rounded, weights, tensor(scales), shape[1], group_size
+    assert (grouped_product(*operands).numpy() == wanted).all()
+    assert (grouped_product(*operands, tensor(bias)).numpy() == wanted + bias).all()
+
+
 @pytest.mark.parametrize("activation", ["relu2", "silu", "gelu_tanh"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_gate_and_up_in_one_product(activation, biased):
@@ -157,7 +184,7 @@ def test_rope_storing_and_attention(case, kv_dtype):
     if spec.qk_norm:
         q, k = rms_norm(q, gains[0], 1e-5), rms_norm(k, gains[1], 1e-5)
     q = rotate(q, angles)
-    plain.write(layout.blocks, layout.places, rotate(k, angles), v)
+    plain.write(layout.slots, rotate(k, angles), v)
     queries = rotate_and_store(
         qkv,
         (angles.cosine, angles.sine),
@@ -231,10 +258,14 @@ def test_every_switch(switch):
     assert_agree(random_checkpoint(tiny_spec(**SWITCHES[switch]), seed=5), kv_dtype="fp32")
 
 
-@pytest.mark.parametrize("granularity", ["row", "group"])
-def test_scales_of_rows_and_of_groups(granularity):
-    group_size = 32 if granularity == "group" else None
-    checkpoint = random_checkpoint(tiny_spec(), granularity=granularity, group_size=group_size)
+@pytest.mark.parametrize(
+    ("granularity", "group_size", "fused"),
+    [("row", None, True), ("group", 64, True), ("group", 32, False)],
+)
+def test_scales_of_rows_and_of_groups(granularity, group_size, fused):
+    spec = tiny_spec(num_layers=1, ffn_size=140)
+    checkpoint = random_checkpoint(spec, granularity=granularity, group_size=group_size)
+    assert can_fuse(checkpoint, 0) == fused
     assert_agree(checkpoint, kv_dtype="int8")
 
 

@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from bitllm.backends.base import Backend
@@ -34,6 +35,8 @@ _BACKENDS = {
     "reference": ("bitllm.backends.reference", "ReferenceBackend"),
 }
 _EXTRAS = {"cuda": "bitllm[cuda]", "mlx": "bitllm[mlx]"}
+
+_NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # has a directory for each GPU with a driver
 
 DEVICES = ("auto", *_BACKENDS)
 """Names that `get_backend` takes."""
@@ -70,7 +73,13 @@ def choose_device(device: str | None = "auto") -> DeviceChoice:
 
 
 def _automatic() -> DeviceChoice:
-    """Choose by the machine alone, so that a plan and a load choose alike."""
+    """Choose by the machine alone, so that a plan and a load choose alike.
+
+    An NVIDIA GPU has to be asked for, until `benchmarks/gpu.py` has passed on one.
+    """
+    if _NVIDIA_GPUS.is_dir():
+        reason = "the native decoder; the NVIDIA GPU here has to be asked for (device='cuda')"
+        return DeviceChoice("cpu", f"chosen by auto: {reason}")
     if (sys.platform, platform.machine()) != ("darwin", "arm64"):
         return DeviceChoice("cpu", "chosen by auto: the native decoder")
     if importlib.util.find_spec("mlx") is None:

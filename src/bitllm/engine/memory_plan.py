@@ -6,8 +6,9 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from bitllm.backends import choose_device
+from bitllm.backends import choose_device, get_backend
 from bitllm.backends.base import KV_BLOCK_SIZE, LoadOptions
 from bitllm.backends.sizes import (
     kv_bytes_per_token,
@@ -17,7 +18,7 @@ from bitllm.backends.sizes import (
 )
 from bitllm.checkpoint import DTYPE_BYTES, Checkpoint, ModelSpec
 from bitllm.config import EngineOptions
-from bitllm.errors import ConfigError, InsufficientMemoryError
+from bitllm.errors import BackendUnavailableError, ConfigError, InsufficientMemoryError
 
 __all__ = [
     "MemoryPlan",
@@ -44,10 +45,13 @@ ROOMY_TOKENS = 16384
 LOGIT_ROWS = 8
 """Rows whose logits the device "reference" is taken to hold at once."""
 
+CUDA_LOGIT_ROWS = 256
+"""Rows of logits that the device "cuda" holds: those of its largest decode step."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The memory budget of one model, in bytes.
+    """The memory budget of one model, in bytes; on the device "cuda" that of the GPU.
 
     Attributes:
         weights: ternary codes, norms, embedding and head, or what stands for the head.
@@ -208,7 +212,8 @@ def plan_memory(
         weights=_weight_bytes(checkpoint, device, options),
         kv=tokens * per_token,
         scratch=_scratch_bytes(checkpoint, device, options, tokens),
-        process=PROCESS_BYTES + TOKENIZER_BYTES * spec.vocab_size,
+        # On a GPU what is available is told after its driver has taken what it needs.
+        process=0 if device == "cuda" else PROCESS_BYTES + TOKENIZER_BYTES * spec.vocab_size,
         available=available_memory(device) if available is None else available,
         limit=options.memory_limit,
         context=context_length(spec, options),
@@ -235,6 +240,8 @@ def _weight_bytes(checkpoint: Checkpoint, device: str, options: EngineOptions) -
         return stored + REFERENCE_CODE_BITS * ternary_bytes(spec, "2bit") // 2
     if device == "mlx":
         return stored + mlx_ternary_bytes(spec)
+    if device == "cuda":
+        return stored + ternary_bytes(spec, "2bit")
     # What "auto" means is known when the model is loaded: the larger packing is planned for.
     packed = ternary_bytes(spec, "2bit" if options.packing == "auto" else options.packing)
     head = "embed" if spec.tied_head else "head"
@@ -251,7 +258,10 @@ def _scratch_bytes(
     """Return the bytes of a step's intermediate results; an estimate for all devices but "cpu"."""
     spec = checkpoint.spec
     if device != "cpu":
-        return _estimated_scratch(spec, options.max_batch_tokens)
+        logit_rows = LOGIT_ROWS
+        if device == "cuda":
+            logit_rows = min(CUDA_LOGIT_ROWS, options.max_batch_tokens)
+        return _estimated_scratch(spec, options.max_batch_tokens, logit_rows)
     from bitllm.backends.cpu import scratch_bytes
 
     wanted = LoadOptions(
@@ -264,11 +274,11 @@ def _scratch_bytes(
     return scratch_bytes(spec, wanted, head)
 
 
-def _estimated_scratch(spec: ModelSpec, rows: int) -> int:
+def _estimated_scratch(spec: ModelSpec, rows: int, logit_rows: int) -> int:
     """Return roughly what `rows` token rows take.
 
     Residual and block output in fp32, the widest stage in fp32 and its input in int8, cosines and
-    sines; and for `LOGIT_ROWS` rows logits, and what sorting them takes.
+    sines; and for `logit_rows` rows logits, and what sorting them takes.
     """
     stage = spec.hidden_size
     for layer in spec.layers:
@@ -276,7 +286,7 @@ def _estimated_scratch(spec: ModelSpec, rows: int) -> int:
         stage = max(stage, attention, layer.gate.out_features + layer.up.out_features)
     heads = max(layer.head_dim for layer in spec.layers)
     a_row = 4 * (2 * spec.hidden_size + stage + heads) + stage
-    return rows * a_row + 32 * LOGIT_ROWS * spec.vocab_size
+    return rows * a_row + 32 * logit_rows * spec.vocab_size
 
 
 def available_memory(device: str = "cpu") -> int | None:
@@ -284,14 +294,27 @@ def available_memory(device: str = "cpu") -> int | None:
 
     The smaller of what the kernel calls available and what the control group still allows. For the
     device "cpu" this is the figure of its native code, by which it also loads; it knows control
-    groups of version 1 and nested ones. On the device "mlx" no more than what Metal recommends.
+    groups of version 1 and nested ones. On the device "mlx" no more than what Metal recommends;
+    for "cuda" it is what the GPU has free.
     """
+    if device == "cuda":
+        return _free_on_gpu()
     if device == "cpu" and (found := _native_available()):
         return found
     bounds = [_system_available(), _group_available(Path("/sys/fs/cgroup"))]
     if device == "mlx":
         bounds.append(_metal_available())
     return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _free_on_gpu() -> int | None:
+    """Return what the GPU has free, None = there is none, or no PyTorch: loading says so."""
+    try:
+        backend: Any = get_backend("cuda")
+    except BackendUnavailableError:
+        return None
+    free: int | None = backend.free_memory()
+    return free
 
 
 def _native_available() -> int:

@@ -62,16 +62,20 @@ class KvCache:
         if dtype == "int8":
             self.tensors += [torch.zeros((*places, 1), device=device) for _ in range(2)]
 
-    def write(
-        self, blocks: torch.Tensor, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """Store float32 [tokens, kv_heads, head_dim], rounded to the dtype of the cache."""
+    def write(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store float32 [tokens, kv_heads, head_dim], rounded to the dtype of the cache.
+
+        Args:
+            slots: int32 [tokens], as in `StepLayout`.
+            keys: of the tokens.
+            values: likewise.
+        """
         for index, new in enumerate((keys, values)):
             stored = self.tensors[index]
             if stored.dtype == torch.int8:
                 new, a = quantize_activations(new)
-                self.tensors[2 + index][blocks, places] = a.reciprocal()
-            stored[blocks, places] = new.to(stored.dtype)
+                self.tensors[2 + index].flatten(0, 1)[slots] = a.reciprocal()
+            stored.flatten(0, 1)[slots] = new.to(stored.dtype)
 
     def read(self, tables: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of whole block tables.
@@ -123,16 +127,13 @@ class StepLayout:
     """Where the tokens of a step belong, made once for all layers.
 
     Attributes:
-        blocks, places: int64 [tokens], the place of each in the KV cache.
-        slots: int64 [tokens], blocks * KV_BLOCK_SIZE + places.
+        slots: int32 [tokens], where each is kept: KV block * KV_BLOCK_SIZE + place in the block.
         runs, positions: int32 [tokens].
         tables: int32 [runs, blocks].
         groups: the runs, those of one length together; only where there are no kernels.
         masks: of each group by the window of a layer.
     """
 
-    blocks: torch.Tensor
-    places: torch.Tensor
     slots: torch.Tensor
     runs: torch.Tensor
     positions: torch.Tensor
@@ -151,13 +152,11 @@ def lay_out(batch: Batch, windows: set[int | None], device: torch.device) -> Ste
     """
     lengths = np.diff(batch.run_offsets)
     run_of = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    blocks = batch.block_tables[run_of, batch.positions // KV_BLOCK_SIZE].astype(np.int64)
-    places = batch.positions.astype(np.int64) % KV_BLOCK_SIZE
+    blocks = batch.block_tables[run_of, batch.positions // KV_BLOCK_SIZE]
+    slots = blocks * np.int32(KV_BLOCK_SIZE) + batch.positions % np.int32(KV_BLOCK_SIZE)
     groups = _groups(batch, lengths, device) if windows else []
     return StepLayout(
-        blocks=torch.from_numpy(blocks).to(device),
-        places=torch.from_numpy(places).to(device),
-        slots=torch.from_numpy(blocks * KV_BLOCK_SIZE + places).to(device),
+        slots=torch.from_numpy(slots).to(device),
         runs=torch.from_numpy(run_of).to(device),
         positions=torch.from_numpy(batch.positions).to(device),
         tables=torch.from_numpy(batch.block_tables).to(device),

@@ -61,6 +61,11 @@ class CudaBackend:
                 hint="ask for a shorter context (kv_tokens)",
             ) from error
 
+    @staticmethod
+    def free_memory() -> int | None:
+        """Return the bytes that the current GPU can still give; None = there is none."""
+        return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+
 
 def _find_gpu() -> torch.device:
     if not torch.cuda.is_available():

@@ -18,13 +18,15 @@ from bitllm.backends.base import (
     StepOutput,
     check_batch,
 )
-from bitllm.backends.cuda.attention import Angles, KvCache, lay_out
+from bitllm.backends.cuda.attention import Angles, KvCache, StepLayout, lay_out
+from bitllm.backends.cuda.decode_step import DecodeSteps, StepRows
 from bitllm.backends.cuda.layer import Layer
 from bitllm.backends.cuda.linear import rms_norm
+from bitllm.backends.cuda.sampling import draw, draws_here
 from bitllm.backends.cuda.tensors import to_torch, vector
 from bitllm.backends.sampling import step_output
-from bitllm.checkpoint import Checkpoint, ModelSpec
-from bitllm.errors import ConfigError, QuantizationError
+from bitllm.checkpoint import Checkpoint, ModelSpec, RopeSpec
+from bitllm.errors import ConfigError, InsufficientMemoryError, QuantizationError
 
 if TYPE_CHECKING:
     from bitllm.backends.cuda.fused_layer import FusedLayer
@@ -65,20 +67,23 @@ class CudaDecoder:
         ]
         self._kernels = kernels
         self._blocks = -(-(options.kv_tokens or spec.max_context) // KV_BLOCK_SIZE)
-        self._caches = [
-            KvCache(self._blocks, layer, options.kv_dtype, device) for layer in spec.layers
-        ]
+        stored = self._blocks + kernels  # one more, for the rows that fill up a decode step
+        self._caches = [KvCache(stored, layer, options.kv_dtype, device) for layer in spec.layers]
         self._ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
         plain = [layer for layer in self._layers if isinstance(layer, Layer)]
         self._windows = {layer.spec.sliding_window for layer in plain}
+        self._decode_steps = None
+        if kernels and not plain:
+            self._decode_steps = DecodeSteps(self._step, self._ropes, self._blocks, device)
+        held = sum(tensor.nbytes for tensor in self._storage())
         dense = self._embed.nbytes + (0 if spec.tied_head else self._head.nbytes)
         self.info = DecoderInfo(
             backend="cuda",
             kernel="triton" if kernels else "torch",
             threads=1,
             weight_bytes=dense + sum(layer.nbytes for layer in self._layers),
-            kv_bytes=sum(tensor.nbytes for tensor in self._storage()),
-            scratch_bytes=0,
+            kv_bytes=held * self._blocks // stored,
+            scratch_bytes=held - held * self._blocks // stored,
             packing="2bit",
             head="full",
         )
@@ -93,48 +98,80 @@ class CudaDecoder:
 
         Raises:
             ConfigError: the batch contradicts itself or the model.
+            InsufficientMemoryError: the GPU has no room left for what the step computes.
             QuantizationError: activations have become NaN or infinite.
         """
         check_batch(batch, self.spec, self._blocks, self._max_batch_tokens)
-        with torch.inference_mode():
-            h = self._hidden(batch)
-            finite = torch.isfinite(h).all()
-            output = self._answer(batch, self._normed(h, batch))
-        if not bool(finite):
-            raise QuantizationError(
-                "activations hold NaN or infinity: only finite numbers can be rounded to int8",
-                hint="the weights are damaged, or scales are read the wrong way round",
-            )
-        return output
+        try:
+            with torch.inference_mode():
+                return self._compute(batch)
+        except torch.OutOfMemoryError as error:
+            raise InsufficientMemoryError(
+                f"a step of {len(batch.token_ids)} tokens does not fit into the GPU: {error}",
+                hint="set a smaller max_batch_tokens, kv_tokens or context",
+            ) from error
 
-    def _hidden(self, batch: Batch) -> torch.Tensor:
-        """Return the hidden states after the last layer, float32 [tokens, hidden]."""
+    def _compute(self, batch: Batch) -> StepOutput:
+        if self._decode_steps is not None and self._decode_steps.fits(batch):
+            rows = self._decode_steps(batch)
+            return self._answer(batch, rows.hidden, rows.logits, rows.finite)
         layout = lay_out(batch, self._windows, self._device)
         angles = {rope: Angles.of(batch.positions, rope, self._device) for rope in self._ropes}
-        ids = torch.from_numpy(batch.token_ids).to(self._device)
+        h = self._hidden(torch.from_numpy(batch.token_ids).to(self._device), layout, angles)
+        wanted = torch.from_numpy(batch.output_rows).to(self._device)
+        hidden = rms_norm(h[wanted], self._final_norm, self.spec.norm_eps)
+        with_logits = np.flatnonzero(batch.output_kinds != OutputKind.HIDDEN)
+        logits = self._logits(hidden[torch.from_numpy(with_logits).to(self._device)])
+        return self._answer(batch, hidden, logits, torch.isfinite(h).all(-1))
+
+    def _hidden(
+        self, ids: torch.Tensor, layout: StepLayout, angles: dict[RopeSpec, Angles]
+    ) -> torch.Tensor:
+        """Return the hidden states after the last layer, float32 [tokens, hidden]."""
         h = self._embed[ids].to(torch.float32) * self.spec.embedding_scale
         for layer, cache in zip(self._layers, self._caches, strict=True):
             h = layer(h, layout, angles[layer.spec.rope], cache)
         return h
 
-    def _normed(self, h: torch.Tensor, batch: Batch) -> torch.Tensor:
-        rows = torch.from_numpy(batch.output_rows).to(self._device)
-        return rms_norm(h[rows], self._final_norm, self.spec.norm_eps)
+    def _step(
+        self, ids: torch.Tensor, layout: StepLayout, angles: dict[RopeSpec, Angles]
+    ) -> StepRows:
+        """Compute a decode step: nothing in it waits for the device."""
+        h = self._hidden(ids, layout, angles)
+        hidden = rms_norm(h, self._final_norm, self.spec.norm_eps)
+        return StepRows(hidden, self._logits(hidden), torch.isfinite(h).all(-1))
 
-    def _answer(self, batch: Batch, hidden: torch.Tensor) -> StepOutput:
-        vocab, host = self.spec.vocab_size, hidden.cpu().numpy()
-        with_logits = np.flatnonzero(batch.output_kinds != OutputKind.HIDDEN)
-        if len(with_logits) == 0:
-            return step_output(batch, vocab, host, {})
-        logits = self._logits(hidden[torch.from_numpy(with_logits).to(self._device)])
-        if _is_greedy(batch):
-            drawn = dict(zip(with_logits.tolist(), _best(logits), strict=True))
-            return step_output(batch, vocab, host, {}, drawn)
-        rows = dict(zip(with_logits.tolist(), logits.cpu().numpy(), strict=True))
-        return step_output(batch, vocab, host, rows)
+    def _answer(
+        self, batch: Batch, hidden: torch.Tensor, logits: torch.Tensor, finite: torch.Tensor
+    ) -> StepOutput:
+        """Return what was asked for.
+
+        Args:
+            batch: the step.
+            hidden: of all requests, float32 [outputs, hidden].
+            logits: of the requests that need them, float32 [requests, vocab].
+            finite: whether activations are numbers, bool [tokens].
+
+        Raises:
+            QuantizationError: they are not.
+        """
+        vocab, kinds = self.spec.vocab_size, batch.output_kinds
+        if self._kernels and draws_here(batch):
+            # Tokens and the check come back in one piece: the only wait of the step.
+            answer = torch.cat([draw(batch.plan, logits), finite]).cpu().numpy()
+            _check_finite(answer[len(kinds) :])
+            drawn = dict(enumerate(answer[: len(kinds)].tolist()))
+            nothing = np.zeros((0, self.spec.hidden_size), np.float32)
+            return step_output(batch, vocab, nothing, {}, drawn)
+        _check_finite(finite.cpu().numpy())
+        with_logits = np.flatnonzero(kinds != OutputKind.HIDDEN).tolist()
+        rows = dict(zip(with_logits, logits.cpu().numpy(), strict=True))
+        return step_output(batch, vocab, hidden.cpu().numpy(), rows)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of hidden states, float32 [n, vocab]."""
+        if len(hidden) == 0:
+            return torch.empty((0, self.spec.vocab_size), device=self._device)
         if self._kernels:
             from bitllm.backends.cuda.kernels.head import logits_of
 
@@ -201,6 +238,7 @@ class CudaDecoder:
     def close(self) -> None:
         """Free weights and KV storage; the decoder cannot be used afterwards."""
         self._layers, self._caches, self._blocks = [], [], 0
+        self._decode_steps = None
         self._embed = self._head = torch.zeros(0)
 
     def _storage(self) -> list[torch.Tensor]:
@@ -224,19 +262,9 @@ def _load_layer(
     return Layer(checkpoint, index, device)
 
 
-def _best(logits: torch.Tensor) -> list[int]:
-    """Return the argmax of each row, the lowest id winning a tie; -1 where NaN is among them."""
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    highest = logits.amax(-1, keepdim=True)
-    best = torch.where(logits == highest, ids, len(ids)).amin(-1)
-    return torch.where(best == len(ids), -1, best).tolist()
-
-
-def _is_greedy(batch: Batch) -> bool:
-    """Whether all that is wanted with logits is the plain argmax of them."""
-    plan: Any = batch.plan
-    kinds = batch.output_kinds
-    if (kinds == OutputKind.LOGITS).any() or (kinds == OutputKind.SCORE).any():
-        return False
-    plain = (plan.temperature == 0) & (plan.top_logprobs < 0) & (plan.mask_rows < 0)
-    return bool(plain.all()) and not len(plan.seen_ids) and not len(plan.bias_ids)
+def _check_finite(finite: npt.NDArray[Any]) -> None:
+    if not finite.all():
+        raise QuantizationError(
+            "activations hold NaN or infinity: only finite numbers can be rounded to int8",
+            hint="the weights are damaged, or scales are read the wrong way round",
+        )

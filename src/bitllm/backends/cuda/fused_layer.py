@@ -7,7 +7,13 @@ import torch
 
 from bitllm.backends.cuda.attention import Angles, KvCache, StepLayout
 from bitllm.backends.cuda.kernels.attention import attend
-from bitllm.backends.cuda.kernels.product import gated_product, pack_rows, ternary_product
+from bitllm.backends.cuda.kernels.product import (
+    GROUP_UNIT,
+    gated_product,
+    grouped_product,
+    pack_rows,
+    ternary_product,
+)
 from bitllm.backends.cuda.kernels.quantize import Codes, norm_quantize
 from bitllm.backends.cuda.kernels.rope import rotate_and_store
 from bitllm.backends.cuda.layer import gated, layer_gains
@@ -19,13 +25,12 @@ __all__ = ["FusedLayer", "can_fuse"]
 
 
 def can_fuse(checkpoint: Checkpoint, index: int) -> bool:
-    """Whether the kernels run a layer: int8 activations, and one scale for a row or a matrix."""
+    """Whether the kernels run a layer: int8 activations, and groups of one size or none."""
     spec = checkpoint.spec.layers[index]
-    return all(
-        spec.linear(name).activation_bits == 8
-        and checkpoint.scales(f"layers.{index}.{name}").group_size is None
-        for name in LINEAR_NAMES
-    )
+    if any(spec.linear(name).activation_bits != 8 for name in LINEAR_NAMES):
+        return False
+    sizes = {checkpoint.scales(f"layers.{index}.{name}").group_size for name in LINEAR_NAMES}
+    return len(sizes) == 1 and all(size is None or size % GROUP_UNIT == 0 for size in sizes)
 
 
 class _Product:
@@ -42,7 +47,9 @@ class _Product:
             check_codes(matrix.packed, f"{checkpoint.origin}: {full_name}")
             check_scales(matrix.scales, f"{checkpoint.origin}: {full_name}")
             weights.append(torch.from_numpy(pack_rows(matrix.packed, matrix.in_features)))
-            rows = np.broadcast_to(matrix.scales, (matrix.out_features,))
+            self._columns, self.group_size = matrix.in_features, matrix.group_size
+            groups = matrix.scales.shape[1:]
+            rows = np.broadcast_to(matrix.scales, (matrix.out_features, *groups))
             scales.append(torch.from_numpy(np.array(rows)))
             if spec.bias:
                 biases.append(vector(checkpoint, f"{full_name}.bias", device))
@@ -56,6 +63,9 @@ class _Product:
         self.nbytes = self.weights.nbytes + self.scales.nbytes
 
     def __call__(self, x: Codes) -> torch.Tensor:
+        if self.group_size is not None:
+            sizes = self._columns, self.group_size
+            return grouped_product(x, self.weights, self.scales, *sizes, self.bias)
         return ternary_product(x, self.weights, self.scales, self.bias)
 
 
@@ -120,7 +130,7 @@ class FusedLayer:
 
     def _gated(self, h: torch.Tensor) -> torch.Tensor:
         both = self._products.get(("gate", "up"))
-        if both is None:
+        if both is None or both.group_size is not None:
             gate, up = self._project(("gate", "up"), h, "ffn_norm").chunk(2, dim=1)
             return gated(self.spec.activation, gate, up)
         codes = self._quantize("gate", h, "ffn_norm")

@@ -69,7 +69,7 @@ class Layer:
             self.linear[name](x).view(len(h), -1, self.spec.head_dim) for name in ("q", "k", "v")
         )
         q, k = rotate(self._norm("q_norm", q), angles), rotate(self._norm("k_norm", k), angles)
-        cache.write(layout.blocks, layout.places, k, v)
+        cache.write(layout.slots, k, v)
         attended = attend(q, layout, cache, self.spec)
         y = self.linear["o"](self._norm("attn_sub_norm", attended))
         h = h + self._norm("post_attn_norm", y)

@@ -17,9 +17,12 @@ import triton.language as tl
 from bitllm.backends.cuda.kernels.quantize import COLUMN_BLOCK, Codes
 from bitllm.checkpoint import Activation
 
-__all__ = ["gated_product", "pack_rows", "ternary_product"]
+__all__ = ["GROUP_UNIT", "gated_product", "grouped_product", "pack_rows", "ternary_product"]
 
-_SLICE = COLUMN_BLOCK // 4  # bytes of a block, and columns of each of its four slices
+GROUP_UNIT = COLUMN_BLOCK // 4
+"""Groups that share a scale have a multiple of so many columns."""
+
+_SLICE = GROUP_UNIT  # bytes of a block, and columns of each of its four slices
 _ZERO_WEIGHTS = 0b01010101
 
 
@@ -158,6 +161,56 @@ def _gated_product(
     tl.store(where, gate * up, mask=row_mask[:, None] & column_mask[None, :])
 
 
+@triton.jit
+def _grouped_product(
+    x_codes,
+    factors,
+    weights,
+    scales,
+    bias,
+    y,
+    tokens,
+    out,
+    padded,
+    columns,
+    groups,
+    GROUP_SLICES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    SLICE: tl.constexpr = 64
+    first_row, first_out = tl.program_id(1) * ROWS, tl.program_id(0) * COLUMNS
+    rows, outs, b = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, SLICE)
+    row_mask, out_mask = first_row + rows < tokens, first_out + outs < out
+    x_tile = x_codes + first_row.to(tl.int64) * padded
+    w_tile = weights + first_out.to(tl.int64) * (padded // 4)
+    x_offsets = rows[:, None] * padded + b[None, :]
+    w_offsets = outs[None, :] * (padded // 4) + b[:, None]
+    factor = tl.load(factors + first_row + rows, mask=row_mask, other=1.0)
+    factor = factor[:, None] + tl.zeros((ROWS, COLUMNS), tl.float32)
+    slices = (columns + SLICE - 1) // SLICE
+    values = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for group in range(groups):
+        sums = tl.zeros((ROWS, COLUMNS), tl.int32)
+        x_sums = tl.zeros((ROWS,), tl.int32)
+        end = tl.minimum((group + 1) * GROUP_SLICES, slices)
+        for index in range(group * GROUP_SLICES, end):
+            x = tl.load(x_tile + index * SLICE + x_offsets, mask=row_mask[:, None], other=0)
+            block = w_tile + (index // 4) * SLICE
+            packed = tl.load(block + w_offsets, mask=out_mask[None, :], other=0)
+            codes = ((packed >> (2 * (index % 4))) & 3).to(tl.int8)
+            sums = tl.dot(x, codes, sums, out_dtype=tl.int32)
+            x_sums += tl.sum(x.to(tl.int32), axis=1)
+        where = scales + (first_out + outs).to(tl.int64) * groups + group
+        scale = tl.load(where, mask=out_mask, other=0.0)
+        values += tl.div_rn((sums - x_sums[:, None]).to(tl.float32), factor) * scale[None, :]
+    if HAS_BIAS:
+        values += tl.load(bias + first_out + outs, mask=out_mask, other=0.0)[None, :]
+    place = y + first_row.to(tl.int64) * out + rows[:, None] * out + (first_out + outs)[None, :]
+    tl.store(place, values, mask=row_mask[:, None] & out_mask[None, :])
+
+
 def _tile(tokens: int, generation: int) -> tuple[int, int, int]:
     """Return rows and columns of a tile, and the warps that compute it.
 
@@ -205,6 +258,57 @@ def ternary_product(
         HAS_BIAS=bias is not None,
         ROWS=rows,
         COLUMNS=columns,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+def _grouped_tile(tokens: int) -> tuple[int, int, int]:
+    """Return rows and columns of a tile of `grouped_product`, and its warps: it has two sums."""
+    return (16, 32, 4) if tokens <= 16 else (64, 64, 8)
+
+
+def grouped_product(
+    x: Codes,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    columns: int,
+    group_size: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the sum over groups of (codes @ weights / factor) * scale, + bias.
+
+    Args:
+        x: the activations.
+        weights: uint8 [out, padded columns / 4] in the packing of the device.
+        scales: float32 [out, groups].
+        columns: of the matrix.
+        group_size: columns that share a scale, a multiple of `GROUP_UNIT`.
+        bias: float32 [out], or None.
+
+    Returns:
+        float32 [tokens, out]; the groups are added in order, so it is the reference's to the bit.
+    """
+    (tokens, padded), out = x.codes.shape, len(weights)
+    y = torch.empty((tokens, out), dtype=torch.float32, device=weights.device)
+    rows, outs, warps = _grouped_tile(tokens)
+    _grouped_product[(triton.cdiv(out, outs), triton.cdiv(tokens, rows))](
+        x.codes,
+        x.factors,
+        weights,
+        scales,
+        scales if bias is None else bias,
+        y,
+        tokens,
+        out,
+        padded,
+        columns,
+        scales.shape[1],
+        GROUP_SLICES=group_size // GROUP_UNIT,
+        HAS_BIAS=bias is not None,
+        ROWS=rows,
+        COLUMNS=outs,
         num_warps=warps,
         enable_fp_fusion=False,
     )

@@ -56,7 +56,7 @@ def _rotate_and_store(
     else:
         is_key = head < heads + kv_heads
         kv_head = tl.where(is_key, head - heads, head - heads - kv_heads)
-        place = tl.load(slots + row) * kv_heads + kv_head
+        place = tl.load(slots + row).to(tl.int64) * kv_heads + kv_head
         if INT8:
             factor = tl.div_rn(127.0, tl.maximum(tl.max(tl.abs(x)), 1e-5))
             x = (x * factor + 12582912.0) - 12582912.0
@@ -83,7 +83,7 @@ def rotate_and_store(
         norms: gains of the norms of queries and keys, float32 [head_dim], or None.
         eps: of those norms.
         cache: keys and values [blocks, block size, kv_heads, head_dim]; in int8 their scales too.
-        slots: int64 [tokens], block * block size + place of each token.
+        slots: int32 [tokens], block * block size + place of each token.
         num_heads: of queries.
 
     Returns:
