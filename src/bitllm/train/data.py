@@ -62,6 +62,12 @@ class TrainingBatch:
             return self.ids[:, 1:].size
         return int(self.trained[:, 1:].sum())
 
+    def rows(self, part: slice) -> TrainingBatch:
+        """Return a part of the windows."""
+        documents = None if self.documents is None else self.documents[part]
+        trained = None if self.trained is None else self.trained[part]
+        return TrainingBatch(self.ids[part], documents, trained)
+
 
 class _ShardWriter:
     """Collects the ids of one split and writes a file whenever enough have come together."""

@@ -22,6 +22,7 @@ from bitllm.train.demo_text import python_documents
 from bitllm.train.documents import Document, documents_sha256, file_documents, is_held_out
 from bitllm.train.export import export_masters, export_model, trained_texts
 from bitllm.train.loop import Watch, report_to_stderr, train
+from bitllm.train.ranks import ranks_of_run
 from bitllm.train.recipe import Recipe, TextSettings
 from bitllm.train.start import find_model
 from bitllm.train.tokenizer_training import DocumentEncoder, train_tokenizer
@@ -49,14 +50,19 @@ def run_recipe(
 
     Returns:
         The folder of the exported model or adapter; None for weights of a kind that is trained for
-        comparison only.
+        comparison only, and for all ranks but the first.
 
     Raises:
         BitllmError: see `train`; also a corpus that is not the one the recipe pins.
     """
-    if recipe.text.source != "chat" and not (resume and (out / "shards").exists()):
-        prepare_text(recipe, out)
-    result = train(recipe, out / "shards", out, resume=resume, watch=watch)
+    with ranks_of_run(recipe.training.device) as ranks:
+        prepared = resume and (out / "shards").exists()
+        if recipe.text.source != "chat" and ranks.first and not prepared:
+            prepare_text(recipe, out)
+        ranks.wait()
+        result = train(recipe, out / "shards", out, resume=resume, watch=watch, ranks=ranks)
+        if not ranks.first:
+            return None
     if recipe.adapter is not None and recipe.start is not None:
         return save_adapter(result.model, recipe.adapter, out / "adapter", recipe.start.model)
     quantization = recipe.quantization
@@ -76,7 +82,7 @@ def run_recipe(
 
 def run_watched(recipe: Recipe, out: Path, resume: bool = False) -> Path | None:
     """Do everything a recipe says, with a live view where stderr is a terminal; as `run_recipe`."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         return run_recipe(recipe, out, resume)
     from rich.console import Console
 

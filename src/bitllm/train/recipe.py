@@ -254,6 +254,7 @@ class TrainingSettings:
         spike_factor: a loss so many times the median of the last 50 steps is a jump.
         seed: of initial weights and of the order of the data.
         threads: of PyTorch; None leaves its own choice.
+        device: "cpu", or "cuda" for a GPU; ranks of one machine take one each.
         log_every, evaluate_every, checkpoint_every: steps between lines of the log, evaluations on
             held-out text, and checkpoints.
         tensorboard: write the figures for TensorBoard too.
@@ -282,6 +283,7 @@ class TrainingSettings:
     spike_factor: float = 10.0
     seed: int = 0
     threads: int | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
     log_every: int = 10
     evaluate_every: int = 200
     checkpoint_every: int = 100
