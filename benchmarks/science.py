@@ -57,8 +57,9 @@ def sizes(options: argparse.Namespace) -> Runs:
     """Ternary and full precision at three sizes."""
     for hidden in (64, 96, 160):
         for bits in ("dense", "1.58"):
-            yield f"{hidden} wide, {bits}", make_recipe(
-                options, hidden, quantization={"weight_bits": bits}
+            yield (
+                f"{hidden} wide, {bits}",
+                make_recipe(options, hidden, quantization={"weight_bits": bits}),
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from bitllm.train.export import export_masters, export_model, trained_texts
 from bitllm.train.loop import Watch, report_to_stderr, train
 from bitllm.train.ranks import ranks_of_run
 from bitllm.train.recipe import Recipe, TextSettings
+from bitllm.train.records import RecordDocuments
 from bitllm.train.start import find_model
 from bitllm.train.tokenizer_training import DocumentEncoder, train_tokenizer
 
@@ -136,7 +138,7 @@ def prepare_text(recipe: Recipe, out: Path) -> None:
     if recipe.start is not None:
         encoder = ModelEncoder(load_tokenizer(find_model(recipe.start.model, recipe.folder)))
     else:
-        training = [d for d in documents if not is_held_out(d.group, percent)]
+        training = (d for d in documents if not is_held_out(d.group, percent))
         tokenizer = train_tokenizer(training, recipe.tokenizer.vocab_size)
         temporary = out / "tokenizer.json.tmp"
         tokenizer.save(str(temporary), pretty=False)
@@ -145,21 +147,36 @@ def prepare_text(recipe: Recipe, out: Path) -> None:
     write_shards(documents, encoder, out / "shards", held_out_percent=percent)
 
 
-def collect_documents(settings: TextSettings, folder: Path) -> list[Document]:
-    """Return the corpus that a recipe names, checked against its hash.
+def collect_documents(settings: TextSettings, folder: Path) -> Iterable[Document]:
+    """Return the corpus that a recipe names, checked against its hash; to be gone through at will.
 
     Raises:
         ConfigError: it cannot be read, or is another one.
     """
+    documents: Iterable[Document]
     if settings.source == "python":
         documents = python_documents()
-    else:
+    elif settings.source == "files":
         documents = file_documents([folder / name for name in settings.files])
+    else:
+        documents = RecordDocuments(
+            settings.source, _record_names(settings, folder), settings.field, settings.split
+        )
+    if settings.sha256 is None:
+        return documents
     found = documents_sha256(documents)
-    if settings.sha256 is not None and found != settings.sha256:
+    if found != settings.sha256:
         release = f" (that of Python {settings.python})" if settings.python else ""
         raise ConfigError(
             f"the text hashes to {found}, the recipe pins {settings.sha256}{release}",
             hint="use that text, or remove text.sha256 from the recipe to take this one",
         )
     return documents
+
+
+def _record_names(settings: TextSettings, folder: Path) -> list[Path | str]:
+    """Return the files; of a dataset a folder where there is one, else the name on the Hub."""
+    paths: list[Path | str] = [folder / name for name in settings.files]
+    if settings.source == "dataset" and not Path(paths[0]).exists():
+        return list(settings.files)
+    return paths
