@@ -22,6 +22,7 @@ from bitllm.train.data import Encoder, write_shards
 from bitllm.train.demo_text import python_documents
 from bitllm.train.documents import Document, documents_sha256, file_documents, is_held_out
 from bitllm.train.export import export_masters, export_model, trained_texts
+from bitllm.train.export_check import check_codes, describe_gap
 from bitllm.train.loop import Watch, report_to_stderr, train
 from bitllm.train.ranks import ranks_of_run
 from bitllm.train.recipe import Recipe, TextSettings
@@ -73,12 +74,10 @@ def run_recipe(
     texts = _texts(recipe, out)
     export_masters(result.model, texts, out / "masters")
     model = export_model(result.model, texts, out / "model")
+    matrices = check_codes(result.model, model)
     if not math.isnan(result.held_out_bpb):
         backend, exported = exported_bits_per_byte(model, recipe, out / "shards")
-        report_to_stderr(
-            f"held out: {result.held_out_bpb:.4f} bits per byte in training, {exported:.4f} as "
-            f"exported ({backend} backend, gap {exported - result.held_out_bpb:+.4f})"
-        )
+        report_to_stderr(describe_gap(result.held_out_bpb, exported, backend, matrices))
     return model
 
 

@@ -56,7 +56,7 @@ class TextSettings:
         _require(0 <= self.held_out_percent < 100, "text.held_out_percent must lie in 0 .. 100")
         _require(
             bool(self.files) == (self.source != "python"),
-            'text.files goes with text.source = "files" or "chat" or records, and not with "python"',
+            'text.files goes with every text.source but "python", and there is none without it',
         )
 
 
