@@ -215,8 +215,10 @@ def test_a_gap_is_told_and_a_large_one_is_a_warning():
 def test_the_gap_of_a_model_of_demo_size_is_small(tmp_path, capsys):
     """Trained for a few steps, packed, and measured by the engine's decoder."""
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "demo.toml")
-    training = dataclasses.replace(recipe.training, steps=20, warmup_steps=2, threads=1)
-    text = TextSettings(held_out_percent=1.0)
+    training = dataclasses.replace(
+        recipe.training, steps=6, batch_size=1, warmup_steps=2, threads=1
+    )
+    text = TextSettings(held_out_percent=0.5)
     run_recipe(dataclasses.replace(recipe, training=training, text=text), tmp_path)
     told = capsys.readouterr().err
     assert "21 matrices, codes and scales equal" in told
