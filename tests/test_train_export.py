@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BitNetForCausalLM
 from transformers.quantizers import quantizer_bitnet
 
@@ -16,14 +19,17 @@ from bitllm import ternary
 from bitllm.backends.base import LoadOptions
 from bitllm.backends.reference import ReferenceBackend
 from bitllm.checkpoint import RopeSpec
-from bitllm.errors import UnsupportedModelError
+from bitllm.errors import ConversionError, UnsupportedModelError
 from bitllm.formats import open_checkpoint, read_generation_config
 from bitllm.formats.writers.config import huggingface_config
 from bitllm.tokenizer import load_tokenizer
 from bitllm.train.export import export_model, trained_texts
+from bitllm.train.export_check import LARGEST_GAP, check_codes, describe_gap
 from bitllm.train.model import TernaryDecoder
+from bitllm.train.pipeline import run_recipe
 from bitllm.train.quantizers import quantize_weights
-from bitllm.train.recipe import ExportSettings
+from bitllm.train.recipe import ExportSettings, TextSettings
+from bitllm.train.recipe_file import load_recipe
 from tiny_training import prepare_tiny
 from torch_checkpoint import torch_checkpoint
 
@@ -183,3 +189,37 @@ def test_scales_are_stored_as_bfloat16(exported):
     _, scale = quantize_weights(model.get_parameter("model.layers.0.self_attn.q_proj.weight"))
     assert source.dtype == "bf16"
     assert source.to_float32().ravel()[0] == np.float32(scale.item())
+
+
+def test_an_export_that_differs_in_one_code_or_scale_is_no_export(exported, tmp_path):
+    model, folder = exported
+    assert check_codes(model, folder) == 14
+    tensors = load_file(folder / "model.safetensors")
+    for name, what in ("weight", "codes of layers.1.down"), ("weight_scale", "scales of layers.1"):
+        shutil.copytree(folder, tmp_path / name)
+        changed = {key: value.clone() for key, value in tensors.items()}
+        value = changed[f"model.layers.1.mlp.down_proj.{name}"].view(-1)
+        value[3 if name == "weight" else 0] += 1 if value[0] % 4 < 2 or name != "weight" else -1
+        save_file(changed, tmp_path / name / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ConversionError, match=what):
+            check_codes(model, tmp_path / name)
+
+
+def test_a_gap_is_told_and_a_large_one_is_a_warning():
+    assert "gap +0.00100)" in describe_gap(1.5, 1.501, "cpu", 14)
+    assert "warning" not in describe_gap(1.5, 1.501, "cpu", 14)
+    assert "warning: the gap is above 0.002" in describe_gap(1.5, 1.4969, "cpu", 14)
+
+
+@pytest.mark.slow
+def test_the_gap_of_a_model_of_demo_size_is_small(tmp_path, capsys):
+    """Trained for a few steps, packed, and measured by the engine's decoder."""
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "demo.toml")
+    training = dataclasses.replace(
+        recipe.training, steps=6, batch_size=1, warmup_steps=2, threads=1
+    )
+    text = TextSettings(held_out_percent=0.5)
+    run_recipe(dataclasses.replace(recipe, training=training, text=text), tmp_path)
+    told = capsys.readouterr().err
+    assert "21 matrices, codes and scales equal" in told
+    assert abs(float(told.split("gap ")[1].split(")")[0])) <= LARGEST_GAP, told

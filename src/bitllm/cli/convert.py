@@ -120,6 +120,8 @@ def _plan_lines(conversion: Conversion) -> Iterator[str]:
 
     plan = conversion.plan
     yield f"from    {conversion.files.name} ({conversion.checkpoint.spec.architecture})"
+    if conversion.losses:
+        yield f"merged  {_merge_summary(conversion)}"
     yield f"to      {conversion.target} ({plan.format})"
     yield ""
     rows = [("tensor", "type", "count", "shape", "size")]
@@ -137,6 +139,17 @@ def _plan_lines(conversion: Conversion) -> Iterator[str]:
             f"scales  {len(plan.errors)} tensors are rounded, by {plan.largest_error:.2g} at most"
             " (relative)"
         )
+
+
+def _merge_summary(conversion: Conversion) -> str:
+    losses = conversion.losses.values()
+    missing = sum(loss.missing for loss in losses) / len(losses)
+    update = sum(loss.update for loss in losses) / len(losses)
+    changed = sum(loss.changed for loss in losses) / len(losses)
+    return (
+        f"an adapter of {len(losses)} matrices, {update:.2g} of the size of the weights: rounding "
+        f"changed {changed:.2%} of the codes and lost {missing:.0%} of the update (means)"
+    )
 
 
 def _grouped(plan: WritePlan) -> dict[tuple[str, str, tuple[int, ...]], tuple[int, int]]:
@@ -190,6 +203,7 @@ def _as_values(conversion: Conversion, result: ConversionResult) -> dict[str, An
         ],
         "rounded": dict(plan.errors),
         "largest_error": plan.largest_error,
+        "merge": {name: dataclasses.asdict(loss) for name, loss in conversion.losses.items()},
         "notes": list(plan.notes),
         "verification": None if found is None else dataclasses.asdict(found),
     }

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Literal, get_args
 
 from bitllm.checkpoint import Checkpoint, ScaleConvention
+from bitllm.convert.merge import MergeLoss, merge_adapter, merge_losses
 from bitllm.convert.source import directory_texts, gguf_tokenizer
 from bitllm.errors import CheckpointError, ConfigError
-from bitllm.formats import ModelFiles, find_gguf, open_checkpoint, resolve_model
+from bitllm.formats import (
+    ModelFiles,
+    find_gguf,
+    open_adapter,
+    open_checkpoint,
+    resolve_model,
+)
 from bitllm.formats.gguf.file_names import gguf_parts
 from bitllm.formats.writers import WritePlan, check_target
 from bitllm.formats.writers.gguf import GgufType, plan_gguf
@@ -37,6 +45,7 @@ class Conversion:
         target: the file or directory to be written.
         replace: whether it may replace one of that name.
         plan: what will be written.
+        losses: what merging an adapter loses, by the name of the matrix; empty without one.
     """
 
     files: ModelFiles
@@ -44,6 +53,7 @@ class Conversion:
     target: Path
     replace: bool
     plan: WritePlan
+    losses: Mapping[str, MergeLoss] = field(default_factory=dict)
 
 
 def guess_format(target: Path) -> Format:
@@ -59,6 +69,7 @@ def plan_conversion(
     kind: GgufType | None = None,
     convention: ScaleConvention | None = None,
     replace: bool = False,
+    adapter: str | PathLike[str] | None = None,
 ) -> Conversion:
     """Plan a conversion.
 
@@ -69,6 +80,7 @@ def plan_conversion(
         kind: type of the ternary matrices of a GGUF file, None = I2_S.
         convention: how weight scales of a Hugging Face folder are stored, None = as in the source.
         replace: whether a file or model folder of that name may be replaced.
+        adapter: directory of a PEFT adapter to merge into the weights (`merge_adapter`).
 
     Raises:
         ConfigError: options that contradict each other.
@@ -82,7 +94,11 @@ def plan_conversion(
     _check_options(goal, chosen, kind, convention)
     files = resolve_model(ref)
     _check_target(files.path, goal, chosen, replace)
-    checkpoint = open_checkpoint(files.path)
+    checkpoint, losses = open_checkpoint(files.path), {}
+    if adapter is not None:
+        opened = open_adapter(adapter)
+        merged = merge_adapter(checkpoint, opened)
+        losses, checkpoint = merge_losses(checkpoint, opened), merged
     if chosen == "gguf":
         # Names of files may hold bytes that are no text, as strings in GGUF files may not.
         name = os.fsencode(goal.name[: -len(_SUFFIX)]).decode("utf-8", "replace")
@@ -92,7 +108,7 @@ def plan_conversion(
         plan = plan_mlx(checkpoint, directory_texts(files.path))
     else:
         plan = plan_huggingface(checkpoint, directory_texts(files.path), convention=convention)
-    return Conversion(files, checkpoint, goal, replace, plan)
+    return Conversion(files, checkpoint, goal, replace, plan, losses)
 
 
 def _check_options(

@@ -51,7 +51,7 @@ def torch_bits(
     training = model.training
     model.eval()
     nats = 0.0
-    with torch.inference_mode():
+    with torch.no_grad():  # FSDP gathers weights in it that training uses again
         for piece, targets in zip(pieces, _targets(pieces, counted), strict=True):
             logits = model(torch.from_numpy(piece).to(device)[None, :-1])[0].float()
             wanted = torch.from_numpy(targets).to(device)

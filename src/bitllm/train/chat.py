@@ -19,10 +19,10 @@ import numpy.typing as npt
 from bitllm.errors import BitllmError, ConfigError
 from bitllm.tokenizer import Tokenizer
 from bitllm.train.data import TrainingBatch
+from bitllm.train.records import read_lines
 
 __all__ = ["Dialogue", "PackedDialogues", "encode_dialogue", "read_dialogues"]
 
-_MOST_LINE_BYTES = 1 << 26
 _OPEN_WINDOWS = 64
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -74,17 +74,8 @@ def read_dialogues(paths: Sequence[Path], tokenizer: Tokenizer, longest: int) ->
 
 
 def _lines(path: Path) -> Iterator[tuple[str, list[Message]]]:
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(_MOST_LINE_BYTES + 1):
-                number += 1
-                if len(line) > _MOST_LINE_BYTES:
-                    raise ConfigError(f"{path}:{number}: a line of more than 64 MiB")
-                if line.strip():
-                    yield f"{path}:{number}", _messages(f"{path}:{number}", line)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read this file: {error.strerror}") from error
+    for name, line in read_lines(path):
+        yield name, _messages(name, line)
 
 
 def _messages(name: str, line: bytes) -> list[Message]:

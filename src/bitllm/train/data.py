@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,12 @@ class TrainingBatch:
             return self.ids[:, 1:].size
         return int(self.trained[:, 1:].sum())
 
+    def rows(self, part: slice) -> TrainingBatch:
+        """Return a part of the windows."""
+        documents = None if self.documents is None else self.documents[part]
+        trained = None if self.trained is None else self.trained[part]
+        return TrainingBatch(self.ids[part], documents, trained)
+
 
 class _ShardWriter:
     """Collects the ids of one split and writes a file whenever enough have come together."""
@@ -69,12 +76,12 @@ class _ShardWriter:
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
         self._folder, self._split, self._dtype = folder, split, dtype
         self._shard_tokens = shard_tokens
-        self._pending: list[int] = []
+        self._pending = array("I")  # four bytes a token, where a list takes tens
         self.entries: list[dict[str, Any]] = []
         self.byte_count = 0
 
     def add(self, ids: list[int], byte_count: int) -> None:
-        self._pending += ids
+        self._pending.extend(ids)
         self.byte_count += byte_count
         while len(self._pending) >= self._shard_tokens:
             self._write(self._pending[: self._shard_tokens])
@@ -85,7 +92,7 @@ class _ShardWriter:
             self._write(self._pending)
         return {"shards": self.entries, "text_bytes": self.byte_count}
 
-    def _write(self, ids: list[int]) -> None:
+    def _write(self, ids: array[int]) -> None:
         name = f"{self._split}-{len(self.entries):05d}.bin"
         data = np.asarray(ids, self._dtype).tobytes()
         (self._folder / name).write_bytes(data)
@@ -109,8 +116,28 @@ def write_shards(
         folder: where the files go; made if need be, old shards are overwritten.
         held_out_percent: part of the groups to hold out, 0 to 100.
         shard_tokens: most tokens in one file.
+
+    Raises:
+        ConfigError: the files cannot be written.
     """
+    try:
+        _write_shards(documents, encoder, folder, held_out_percent, shard_tokens)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot write the token shards: {error.strerror or error}",
+            hint="make room on the disk and run again",
+        ) from error
+
+
+def _write_shards(
+    documents: Iterable[Document],
+    encoder: Encoder,
+    folder: Path,
+    held_out_percent: float,
+    shard_tokens: int,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _INDEX).unlink(missing_ok=True)
     dtype = "<u2" if encoder.vocab_size <= 1 << 16 else "<u4"
     writers = {split: _ShardWriter(folder, split, dtype, shard_tokens) for split in SPLITS}
     for document in documents:

@@ -122,16 +122,18 @@ class _TrainedSource:
         if name not in self._names:
             return None
         bits = self._parameters[self._names[name]].bfloat16().contiguous().view(torch.uint16)
-        return DenseTensor(bits.numpy(), "bf16")
+        return DenseTensor(bits.cpu().numpy(), "bf16")
 
     def ternary(self, name: str) -> TernaryMatrix | None:
         """Quantise the weights of a projection; the scale is the bfloat16 that was trained with."""
         if name not in self._names:
             return None
         codes, scale = quantize_weights(self._parameters[f"{self._names[name]}.weight"])
-        stored = scale.bfloat16().view(torch.uint16).numpy()
+        stored = scale.bfloat16().view(torch.uint16).cpu().numpy()
         return TernaryMatrix.from_codes(
-            codes.to(torch.int8).numpy(), scale.numpy(), source_scales=DenseTensor(stored, "bf16")
+            codes.to(torch.int8).cpu().numpy(),
+            scale.cpu().numpy(),
+            source_scales=DenseTensor(stored, "bf16"),
         )
 
 

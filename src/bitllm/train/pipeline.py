@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from bitllm.train.data import Encoder, write_shards
 from bitllm.train.demo_text import python_documents
 from bitllm.train.documents import Document, documents_sha256, file_documents, is_held_out
 from bitllm.train.export import export_masters, export_model, trained_texts
+from bitllm.train.export_check import check_codes, describe_gap
 from bitllm.train.loop import Watch, report_to_stderr, train
+from bitllm.train.ranks import ranks_of_run
 from bitllm.train.recipe import Recipe, TextSettings
+from bitllm.train.records import RecordDocuments
 from bitllm.train.start import find_model
 from bitllm.train.tokenizer_training import DocumentEncoder, train_tokenizer
 
@@ -49,14 +53,19 @@ def run_recipe(
 
     Returns:
         The folder of the exported model or adapter; None for weights of a kind that is trained for
-        comparison only.
+        comparison only, and for all ranks but the first.
 
     Raises:
         BitllmError: see `train`; also a corpus that is not the one the recipe pins.
     """
-    if recipe.text.source != "chat" and not (resume and (out / "shards").exists()):
-        prepare_text(recipe, out)
-    result = train(recipe, out / "shards", out, resume=resume, watch=watch)
+    with ranks_of_run(recipe.training.device) as ranks:
+        prepared = resume and (out / "shards").exists()
+        if recipe.text.source != "chat" and ranks.first and not prepared:
+            prepare_text(recipe, out)
+        ranks.wait()
+        result = train(recipe, out / "shards", out, resume=resume, watch=watch, ranks=ranks)
+        if not ranks.first:
+            return None
     if recipe.adapter is not None and recipe.start is not None:
         return save_adapter(result.model, recipe.adapter, out / "adapter", recipe.start.model)
     quantization = recipe.quantization
@@ -65,18 +74,16 @@ def run_recipe(
     texts = _texts(recipe, out)
     export_masters(result.model, texts, out / "masters")
     model = export_model(result.model, texts, out / "model")
+    matrices = check_codes(result.model, model)
     if not math.isnan(result.held_out_bpb):
         backend, exported = exported_bits_per_byte(model, recipe, out / "shards")
-        report_to_stderr(
-            f"held out: {result.held_out_bpb:.4f} bits per byte in training, {exported:.4f} as "
-            f"exported ({backend} backend, gap {exported - result.held_out_bpb:+.4f})"
-        )
+        report_to_stderr(describe_gap(result.held_out_bpb, exported, backend, matrices))
     return model
 
 
 def run_watched(recipe: Recipe, out: Path, resume: bool = False) -> Path | None:
     """Do everything a recipe says, with a live view where stderr is a terminal; as `run_recipe`."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         return run_recipe(recipe, out, resume)
     from rich.console import Console
 
@@ -130,7 +137,7 @@ def prepare_text(recipe: Recipe, out: Path) -> None:
     if recipe.start is not None:
         encoder = ModelEncoder(load_tokenizer(find_model(recipe.start.model, recipe.folder)))
     else:
-        training = [d for d in documents if not is_held_out(d.group, percent)]
+        training = (d for d in documents if not is_held_out(d.group, percent))
         tokenizer = train_tokenizer(training, recipe.tokenizer.vocab_size)
         temporary = out / "tokenizer.json.tmp"
         tokenizer.save(str(temporary), pretty=False)
@@ -139,21 +146,36 @@ def prepare_text(recipe: Recipe, out: Path) -> None:
     write_shards(documents, encoder, out / "shards", held_out_percent=percent)
 
 
-def collect_documents(settings: TextSettings, folder: Path) -> list[Document]:
-    """Return the corpus that a recipe names, checked against its hash.
+def collect_documents(settings: TextSettings, folder: Path) -> Iterable[Document]:
+    """Return the corpus that a recipe names, checked against its hash; to be gone through at will.
 
     Raises:
         ConfigError: it cannot be read, or is another one.
     """
+    documents: Iterable[Document]
     if settings.source == "python":
         documents = python_documents()
-    else:
+    elif settings.source == "files":
         documents = file_documents([folder / name for name in settings.files])
+    else:
+        documents = RecordDocuments(
+            settings.source, _record_names(settings, folder), settings.field, settings.split
+        )
+    if settings.sha256 is None:
+        return documents
     found = documents_sha256(documents)
-    if settings.sha256 is not None and found != settings.sha256:
+    if found != settings.sha256:
         release = f" (that of Python {settings.python})" if settings.python else ""
         raise ConfigError(
             f"the text hashes to {found}, the recipe pins {settings.sha256}{release}",
             hint="use that text, or remove text.sha256 from the recipe to take this one",
         )
     return documents
+
+
+def _record_names(settings: TextSettings, folder: Path) -> list[Path | str]:
+    """Return the files; of a dataset a folder where there is one, else the name on the Hub."""
+    paths: list[Path | str] = [folder / name for name in settings.files]
+    if settings.source == "dataset" and not Path(paths[0]).exists():
+        return list(settings.files)
+    return paths

@@ -31,24 +31,32 @@ class TextSettings:
     Attributes:
         source: "python" for the documentation of the running Python, "files" for text files,
             "chat" for JSONL files of dialogues: a line is {"messages": [{"role", "content"}, ...]},
-            and only what the assistant says is learned.
-        files: paths of UTF-8 files relative to the recipe, for "files" and "chat".
+            and only what the assistant says is learned; "jsonl" and "parquet" for files of records,
+            "dataset" for a dataset of Hugging Face.
+        files: paths of files relative to the recipe; for "dataset" one name, that of a folder which
+            `save_to_disk` wrote or of a dataset on the Hub.
+        field: which field of a record is the text.
+        split: of the dataset.
         held_out_percent: part of the modules, files or dialogues that is never trained on.
         sha256: what the corpus must hash to (`documents_sha256`); None takes any text.
         python: the Python release that `sha256` belongs to; only said in messages.
     """
 
-    source: Literal["python", "files", "chat"] = "python"
+    source: Literal["python", "files", "chat", "jsonl", "parquet", "dataset"] = "python"
     files: tuple[str, ...] = ()
+    field: str = "text"
+    split: str = "train"
     held_out_percent: float = 5.0
     sha256: str | None = None
     python: str | None = None
 
     def __post_init__(self) -> None:
+        single = self.source != "dataset" or len(self.files) == 1
+        _require(single, 'text.source = "dataset" takes one name in text.files')
         _require(0 <= self.held_out_percent < 100, "text.held_out_percent must lie in 0 .. 100")
         _require(
             bool(self.files) == (self.source != "python"),
-            'text.files goes with text.source = "files" or "chat", and only there',
+            'text.files goes with every text.source but "python", and there is none without it',
         )
 
 
@@ -254,6 +262,7 @@ class TrainingSettings:
         spike_factor: a loss so many times the median of the last 50 steps is a jump.
         seed: of initial weights and of the order of the data.
         threads: of PyTorch; None leaves its own choice.
+        device: "cpu", or "cuda" for a GPU; ranks of one machine take one each.
         log_every, evaluate_every, checkpoint_every: steps between lines of the log, evaluations on
             held-out text, and checkpoints.
         tensorboard: write the figures for TensorBoard too.
@@ -282,6 +291,7 @@ class TrainingSettings:
     spike_factor: float = 10.0
     seed: int = 0
     threads: int | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
     log_every: int = 10
     evaluate_every: int = 200
     checkpoint_every: int = 100
