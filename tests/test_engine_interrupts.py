@@ -28,6 +28,7 @@ FILES = {
     f"{FOLDER}/{name}.py"
     for name in ("batch", "blocks", "engine", "llm", "readout", "scheduler", "seen", "sequence")
 } | {f"{FOLDER}/text.py"}
+ENGINE = {str(path) for path in Path(FOLDER).glob("*.py")}
 
 
 class InterruptAt:
