@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitllm.backends.base import KV_BLOCK_SIZE, SamplePlan
+from bitllm.engine import batch
 from bitllm.engine.batch import BatchBuilder, build_plan
 from bitllm.engine.request import Request
 from bitllm.engine.scheduler import Run
 from bitllm.engine.seen import SeenTokens
 from bitllm.engine.sequence import Sequence
+from test_engine_interrupts import interrupted
 
 VOCAB = 40
 
@@ -76,6 +80,23 @@ def test_a_kept_plan_is_the_one_that_would_be_made_anew(
         assert same(plan, build_plan([(each, ()) for each in sequences], VOCAB))
         for index, sequence in enumerate(sequences):
             write(sequence, (token + index) % VOCAB)
+
+
+def test_a_plan_that_an_interrupt_cut_short_is_not_taken_for_another() -> None:
+    """Before any line of the change from two texts to the first piece of a prompt."""
+    writing = [Run(decoding(3, 4), 1), Run(decoding(5), 1)]
+    reading = [Run(Sequence(Request(prompt_ids=(1,) * 9, max_tokens=1), NoText), 4)]
+    reading[0].sequence.add_block(0)
+    for line in itertools.count(1):
+        builder = BatchBuilder(VOCAB)
+        builder.build(writing)
+        act = functools.partial(builder.build, reading)
+        cut_short = interrupted(act, line, 9, {batch.__file__})
+        assert len(builder.build(reading).plan.temperature) == 0, line
+        assert len(builder.build(writing).plan.temperature) == 2, line
+        if not cut_short:
+            break
+    assert line > 10
 
 
 def test_a_plan_given_out_does_not_change() -> None:

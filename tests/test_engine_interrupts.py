@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,7 @@ FILES = {
     f"{FOLDER}/{name}.py"
     for name in ("batch", "blocks", "engine", "llm", "readout", "scheduler", "seen", "sequence")
 } | {f"{FOLDER}/text.py"}
+ENGINE = {str(path) for path in Path(FOLDER).glob("*.py")}
 
 
 class InterruptAt:
@@ -36,15 +37,17 @@ class InterruptAt:
     Args:
         line: which one.
         visits: a line counts so many times at most.
+        files: where lines are counted.
     """
 
-    def __init__(self, line: int, visits: int) -> None:
+    def __init__(self, line: int, visits: int, files: Collection[str]) -> None:
         self.left = line
         self._visits = visits
+        self._files = files
         self._seen: Counter[tuple[str, int]] = Counter()
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename not in FILES:
+        if frame.f_code.co_filename not in self._files:
             return None
         if event == "line":
             here = (frame.f_code.co_filename, frame.f_lineno)
@@ -55,10 +58,12 @@ class InterruptAt:
         return self
 
 
-def interrupted(act: Callable[[], object], line: int, visits: int) -> bool:
+def interrupted(
+    act: Callable[[], object], line: int, visits: int, files: Collection[str] = FILES
+) -> bool:
     """Do something that is interrupted at a line; return whether it was that long."""
     outer = sys.gettrace()
-    sys.settrace(InterruptAt(line, visits))
+    sys.settrace(InterruptAt(line, visits, files))
     try:
         act()
     except KeyboardInterrupt:

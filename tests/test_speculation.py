@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bitllm.backends.base import KV_BLOCK_SIZE, Batch, StepOutput
+from bitllm.engine import ngrams
 from bitllm.engine.draft_model import DraftModel
 from bitllm.engine.engine import Engine
 from bitllm.engine.ngrams import LONGEST_MATCH, NgramIndex, first_rates
@@ -20,6 +21,7 @@ from bitllm.errors import QuantizationError
 from drafters import EagerNgrams, Guess, Guesses
 from fake_decoder import FakeDecoder
 from test_engine import Bytes
+from test_engine_interrupts import interrupted
 
 END = 257
 
@@ -301,6 +303,24 @@ def _plain_ids(asked: Request) -> list[int]:
     sequence = engine.add(asked)
     engine.finish(sequence)
     return sequence.token_ids
+
+
+def test_ngrams_that_an_interrupt_cut_short_foretell_what_there_is() -> None:
+    """Before any line; a place at the very end of the text would be repeated for ever."""
+    for line in itertools.count(1):
+        tokens = [1, 2, 3, 4, 5, 1, 2, 3]
+        index = NgramIndex(tokens, 0, 100, first_rates())
+        index.read()
+        tokens.append(4)
+        if not interrupted(index.read, line, 9, {ngrams.__file__}):
+            break
+        index.read()
+        assert 0 <= index._source < len(tokens), line
+        assert len(index.foretell(6)) in (0, 6)
+        tokens += [5, 6, 7]
+        index.read()
+        assert 0 <= index._source < len(tokens), line
+    assert line > 10
 
 
 # --- where it pays ------------------------------------------------------------------------------

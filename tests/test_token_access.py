@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -369,6 +370,13 @@ def test_scores_that_are_no_numbers_are_an_error(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(CheckpointError, match="computes no number"):
         llm.generate("ab", max_tokens=3, prompt_logprobs=0)
     assert llm.free_blocks == 8
+
+
+def test_what_was_read_is_freed_with_the_last_who_has_it(llm: LLM) -> None:
+    logits = llm.forward("all logits of a text may be gigabytes")
+    gone = weakref.ref(logits)
+    del logits
+    assert gone() is None
 
 
 def test_rows_that_no_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:

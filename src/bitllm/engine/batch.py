@@ -38,7 +38,7 @@ class BatchBuilder:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._planned: list[Sequence] = []  # whom the plan is for
+        self._planned: list[Sequence] | None = None  # whom the plan is for, None = nobody knows
         self._plan = SamplePlan.greedy()
         self._decoding = _Decoding([])
 
@@ -95,7 +95,7 @@ class BatchBuilder:
     def _plan_for(self, draws: list[Draw], places: I32) -> SamplePlan:
         sequences = [sequence for sequence, _ in draws]
         if self._planned != sequences:
-            self._planned = []  # for an interrupt may leave the one without the other
+            self._planned = None  # for an interrupt may leave the one without the other
             self._plan = build_plan(draws, self._vocab_size)
             self._planned = sequences
             return self._plan

@@ -48,10 +48,11 @@ class _Owner(weakref.ref[Choices]):
 
     An interrupt may arrive between any two lines of Python, also where choices were queued and
     nobody knows of them yet, or where they are about to be aborted. The interpreter calls the
-    callback of this reference without a line of Python.
+    callback of this reference without a line of Python. Whoever has a sequence in the engine holds
+    it; this does not, so that what was read of a prompt is freed with the last who wants it.
     """
 
-    sequences: Ordered[Sequence] = ()
+    sequences: Ordered[weakref.ref[Sequence]] = ()
 
 
 class Engine:
@@ -202,13 +203,13 @@ class Engine:
             Sequence(request, self._make_detokenizer, index, rows)
             for index in range(request.choices)
         ]
-        if owned is not None:
-            owned += choices
-            owner = _Owner(owned, self._left.append)
-            owner.sequences = choices
-            self._owners[id(owner)] = owner
         with self._lock:
             self._check_open()
+            if owned is not None:
+                owned += choices
+                owner = _Owner(owned, self._left.append)
+                owner.sequences = [weakref.ref(each) for each in choices]
+                self._owners[id(owner)] = owner
             if request.adapter is not None:
                 self._adapters.hold(request.adapter, choices)
             with self._change():
@@ -362,8 +363,9 @@ class Engine:
         self._changing = True
         while self._left:
             owner = cast("_Owner", self._left[0])
-            for sequence in owner.sequences:
-                self._remove(sequence)
+            for reference in owner.sequences:
+                if (sequence := reference()) is not None:
+                    self._remove(sequence)
             self._owners.pop(id(owner), None)
             self._left.popleft()
         while self._aborted:

@@ -65,8 +65,8 @@ class NgramIndex:
                 kind, right = self._kind(0), self._tokens[self._source] == self._tokens[at]
                 self._rates[kind] += _LEARNING * (right - self._rates[kind])
                 learnt.append((kind, right))
+            self._read = at + 1  # first: a token that an interrupt cuts short is not taken twice
             self._take(at)
-        self._read = len(self._tokens)
         return learnt
 
     def chances(self, most: int, least: float) -> list[float]:
