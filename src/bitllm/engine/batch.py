@@ -39,7 +39,7 @@ class BatchBuilder:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._planned: list[Sequence] = []  # whom the plan is for
+        self._planned: list[Sequence] | None = None  # whom the plan is for, None = nobody knows
         self._plan = SamplePlan.greedy()
         self._of_one = _shape([], [])
 
@@ -87,8 +87,8 @@ class BatchBuilder:
 
     def _plan_for(self, draws: list[Draw]) -> SamplePlan:
         sequences, kept = [sequence for sequence, _ in draws], self._planned
-        if len(kept) != len(sequences) or any(map(is_not, kept, sequences)):
-            self._planned = []  # for an interrupt may leave the one without the other
+        if kept is None or len(kept) != len(sequences) or any(map(is_not, kept, sequences)):
+            self._planned = None  # for an interrupt may leave the one without the other
             self._plan = build_plan(draws, self._vocab_size)
             self._planned = sequences
             return self._plan
