@@ -149,7 +149,9 @@ class Tokenizer:
             raise TokenizerError(f"only text can be encoded, got {type(text).__name__}")
         try:
             if len(text) > _LONG:
-                return list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+                return list(
+                    self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+                )
             return list(self._backend.encode(text, add_special_tokens=False).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise TokenizerError(
