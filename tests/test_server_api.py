@@ -345,6 +345,7 @@ WRONG: list[tuple[str, Any, str | None]] = [
     (CHAT, {"messages": HI, "guided_regex": "("}, None),
     (CHAT, {"messages": HI, "guided_regex": "a", "grammar": 'start: "a"'}, None),
     (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, None),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": None}]}]}, None),
     (CHAT, {"messages": HI, "tool_choice": "required"}, None),
     (CHAT, {"messages": HI, "tools": [], "tool_choice": {"function": {"name": "x"}}}, None),
     (CHAT, {"messages": HI, "stream": True, "best_of": 2}, None),

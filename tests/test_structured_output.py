@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bitllm
 from bitllm import LLM, AsyncLLM, ConfigError, SamplingParams
 from bitllm.engine.loading import load
 from bitllm.engine.request import ModelDefaults
@@ -390,6 +391,15 @@ def test_hostile_forms_end_soon(fake: LLM, name: str) -> None:
     assert fake.free_blocks == 64
 
 
+def test_a_regex_that_is_too_large_is_named() -> None:
+    """Not the weights, which the engine suspects where no token may be drawn."""
+    with bitllm.load() as llm:
+        for regex in ["a{1000000}", "(a{1000}){1000}", "a" * 1_000_000] * 2:
+            with pytest.raises(ConfigError, match="regex is too complex"):
+                llm.generate("The list", regex=regex, max_tokens=2)
+        assert not llm._grammars._compiled
+
+
 def test_white_space_is_not_written_for_ever(fake: LLM) -> None:
     eager = dict.fromkeys(b" \n\t", 100.0)
     result = fake.generate("x", json_schema=PERSON, logit_bias=eager, max_tokens=200)
@@ -404,7 +414,7 @@ def test_a_grammar_is_compiled_once(fake: LLM) -> None:
     for n in range(70):
         fake.prepare("x", SamplingParams(regex=f"a{{{n + 1}}}"))
     assert fake.prepare("x", params).grammar is not first
-    assert len(fake._grammars._compiled) == 64
+    assert len(fake._grammars._compiled) == 16
 
 
 def test_without_the_library_it_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -476,3 +477,25 @@ def test_the_bytes_of_a_token_of_sentencepiece(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save(tmp_path, fallback_backend(), tokenizer_config={}))
     ids = tokenizer.encode("hello wo☃")
     assert b"".join(token_bytes(tokenizer, id) for id in ids) == " hello wo☃".encode()
+
+
+def test_long_texts_are_encoded_alike_and_hold_up_nobody() -> None:
+    tokenizer = byte_tokenizer()
+    text = "naïve 😀 two  words " * 100_000
+    expected = tokenizer._backend.encode(text, add_special_tokens=False).ids
+    turns, encoded = 0, threading.Event()
+
+    def take_turns() -> None:
+        nonlocal turns
+        while not encoded.wait(0.001):
+            turns += 1
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    found = tokenizer.encode(text, add_bos=False)
+    encoded.set()
+    other.join()
+    assert found == expected
+    assert turns > 20  # one or two while the lock is kept
+    with pytest.raises(TokenizerError, match="lone surrogate"):
+        tokenizer.encode(text + "\ud800")

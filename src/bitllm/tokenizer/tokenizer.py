@@ -26,6 +26,9 @@ _SPECIAL_NAMES = (
 # Tokens by which chat templates end a turn; each counts where the model's own template writes it.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
 _PROBE = "a"
+# Characters from which on a text is encoded as a batch of one: encode() of the tokenizers library
+# keeps the interpreter lock, seconds for a book, and batches let it go (and keep no offsets).
+_LONG = 64 * 1024
 
 
 class Tokenizer:
@@ -145,6 +148,10 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TokenizerError(f"only text can be encoded, got {type(text).__name__}")
         try:
+            if len(text) > _LONG:
+                return list(
+                    self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+                )
             return list(self._backend.encode(text, add_special_tokens=False).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise TokenizerError(
