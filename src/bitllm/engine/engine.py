@@ -309,7 +309,7 @@ class Engine:
             return False  # somebody makes a step
         try:
             self._settle()
-            self._refusing = not self._held
+            self._refusing = self._closed or not self._held
             return self._refusing
         finally:
             self._lock.release()

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Grammar", "GrammarCompiler", "GrammarState"]
 
-_KEPT = 64  # compiled grammars of a model that are remembered
+_KEPT = 16  # compiled grammars of a model that are remembered; the largest take some 20 MB each
+# What making the automata may cost. The library's own limit, five times as much, lets one regex
+# take 170 MB, and a tenth of a second of every step of all sequences.
+_FUEL = 200_000
 
 # Where white space is free, a model may write nothing else for ever.
 _JSON_OPTIONS: dict[str, Any] = {
@@ -82,7 +85,7 @@ class GrammarCompiler:
                 vocabulary,
                 _grammar_text(library, option, text),
                 log_level=0,
-                limits=library.LLParserLimits(verbose_errors=False),
+                limits=library.LLParserLimits(verbose_errors=False, initial_lexer_fuel=_FUEL),
             )
         except ValueError as error:
             raise ConfigError(f"{option} is invalid: {error}") from error
@@ -91,6 +94,7 @@ class GrammarCompiler:
                 f"{option} cannot be compiled: {matcher.get_error():.500}", hint=_HINTS.get(option)
             )
         grammar = Grammar(option, matcher, end_id, self._vocab_size)
+        grammar.start()  # states share their automata: what overflows here, the next one tells
         first = grammar.start()
         if first.error is not None:
             raise first.error

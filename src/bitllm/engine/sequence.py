@@ -258,7 +258,9 @@ class Sequence:
 
     def fail(self) -> None:
         """End without a result: the decoder found no token that may be drawn."""
-        if self.request.banned_ids and self.generated < self.request.min_tokens:
+        if self.form is not None and self.form.error is not None:
+            self.failure = self.form.error
+        elif self.request.banned_ids and self.generated < self.request.min_tokens:
             self.failure = ConfigError(
                 f"no token is left to draw: min_tokens={self.request.min_tokens} forbids the "
                 f"{len(self.request.banned_ids)} ids that would end the text",

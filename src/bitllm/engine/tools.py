@@ -142,7 +142,12 @@ def _plain(message: Mapping[str, Any]) -> Mapping[str, Any]:
         return dict(message)
     blocks = [message["content"]] if message.get("content") else []
     for call in calls:
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise ConfigError(
+                f"a tool call in messages has no function: {call!r:.80}",
+                hint='{"type": "function", "function": {"name": "add", "arguments": "{...}"}}',
+            )
         arguments = _as_object(function.get("arguments"))
         said = json.dumps({"name": function.get("name"), "arguments": arguments})
         blocks.append(f"<tool_call>\n{said}\n</tool_call>")
