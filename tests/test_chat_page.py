@@ -113,6 +113,7 @@ def test_an_answer_grows_as_it_comes_and_ends_with_its_figures(
     expect(body).to_have_text("One")
     expect(page.locator("#live")).to_have_text("1 token")
     expect(page.locator("#send")).to_have_text("Stop")
+    page.wait_for_timeout(100)  # no speed is told of a shorter time
     server.allowed = 2
     expect(body).to_have_text("One two")
     expect(page.locator("#live")).to_contain_text("tok/s")

@@ -89,7 +89,9 @@ class Crossing:
             Letters,
             max_batch_tokens=rows,
             prefix_cache=self.random.random() < 0.8,
-            speculation=Speculation(choose([drafters, drafters[:1], drafters[1:]]), 8, rows),
+            speculation=Speculation(
+                choose([drafters, drafters[:1], drafters[1:]]), 8, rows, shortest=0.0
+            ),
             clock=self.clock,
         )
         one, two = self._tokens(KV_BLOCK_SIZE), self._tokens(KV_BLOCK_SIZE)
