@@ -55,7 +55,7 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	@touch $@
 
 test: install native-test  ## all tests but slow and large ones; COVERAGE=1 with the gate
-	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=95)
+	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=90)
 
 # --- native tests ------------------------------------------------------------------------------
 
